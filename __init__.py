@@ -1,0 +1,52 @@
+"""curate: score a training corpus, select the part worth training on, hand it to any trainer.
+
+The public names load on first use, so `import curate` costs no torch and no ray.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Batch": "curate.scorers.protocol",
+    "Outputs": "curate.scorers.protocol",
+    "Scorer": "curate.scorers.protocol",
+    "Signal": "curate.scorers.protocol",
+    "Selector": "curate.selectors.protocol",
+    "Task": "curate.pipeline.task",
+    "evaluate": "curate.pipeline.evaluate",
+    "load_manifest": "curate.pipeline.loader",
+    "open_corpus": "curate.pipeline.corpus",
+    "score": "curate.pipeline.score",
+    "select": "curate.pipeline.select",
+    "signals": "curate.scorers.engine",
+    "train": "curate.pipeline.train",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from curate.pipeline.corpus import open_corpus as open_corpus
+    from curate.pipeline.evaluate import evaluate as evaluate
+    from curate.pipeline.loader import load_manifest as load_manifest
+    from curate.pipeline.score import score as score
+    from curate.pipeline.select import select as select
+    from curate.pipeline.task import Task as Task
+    from curate.pipeline.train import train as train
+    from curate.scorers.engine import signals as signals
+    from curate.scorers.protocol import Batch as Batch
+    from curate.scorers.protocol import Outputs as Outputs
+    from curate.scorers.protocol import Scorer as Scorer
+    from curate.scorers.protocol import Signal as Signal
+    from curate.selectors.protocol import Selector as Selector
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'curate' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,135 @@
+"""What flows between a task, the signals engine and a scorer.
+
+Shapes: B rows, S sequences (S = B unless a long document was cut into windows), T tokens,
+C classes or vocabulary size, D hidden size, K checkpoints of one run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+IGNORE = -100
+"""Target value of a position that is no target (padding, prompt): no loss, no statistics."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs and targets for B rows.
+
+    `inputs` are the model's keyword arguments, each with the sequence axis S first. `row_ids[s]`
+    is the row that sequence s belongs to; None means one sequence per row, in order.
+    """
+
+    inputs: Mapping[str, Tensor]
+    targets: Tensor
+    rows: int
+    row_ids: Int[Tensor, " s"] | None = None
+    weights: Float[Tensor, " b"] | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, **moved)
+
+    def select_rows(self, rows: Sequence[int]) -> "Batch":
+        """Return the sub-batch of these rows, in this order."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.targets.device)
+        weights = None if self.weights is None else self.weights[index]
+        if self.row_ids is None:
+            sequences, row_ids = index, None
+        else:
+            picks = [(self.row_ids == r).nonzero().flatten() for r in index]
+            sequences = torch.cat(picks)
+            row_ids = torch.cat([torch.full_like(p, i) for i, p in enumerate(picks)])
+        inputs = {name: value[sequences] for name, value in self.inputs.items()}
+        return Batch(inputs, self.targets[sequences], len(rows), row_ids, weights)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a task makes of a forward pass.
+
+    `loss` [B] is each row's loss, differentiable. `targets` are aligned with the logits ([S] or
+    [S, T]), IGNORE where nothing is predicted. Either `logits` ([S, C] or [S, T, C]) or, where the
+    vocabulary is large, `hidden` ([S, T, D]) and the linear `head` that turns it into logits.
+    `row_ids` as in `Batch`.
+    """
+
+    loss: Float[Tensor, " b"]
+    targets: Int[Tensor, "s *t"] | None = None
+    logits: Float[Tensor, "s *t c"] | None = None
+    hidden: Float[Tensor, "s *t d"] | None = None
+    head: nn.Linear | None = None
+    row_ids: Int[Tensor, " s"] | None = None
+
+
+SignalKind = Literal[
+    "loss",  # the row's loss
+    "el2n",  # mean over target tokens of the error vector's norm
+    "el2n_seq",  # norm of d(row loss)/d(logits) over all positions
+    "entropy",  # mean over target tokens, nats
+    "margin",  # mean over target tokens of the logit margin z_y - max_{k != y} z_k
+    "correct",  # fraction of target tokens predicted right
+    "tokens",  # number of target tokens
+    "grad_sq_norm",  # squared norm of d(row loss)/d(params)
+    "weight_alignment",  # cos(-d(row loss)/dW, W) for the head's weight matrix W
+    "forgetting",  # from training records: events per run
+    "aum",  # from training records: area under the margin
+]
+RECORD_KINDS = frozenset({"forgetting", "aum"})
+"""Signals that training wrote down (`records.parquet`); no pass over the model computes them."""
+
+
+@dataclass(frozen=True, order=True)
+class Signal:
+    """One per-row quantity. `params` limits a gradient signal to the parameters whose names match.
+
+    `params` is a regular expression (searched, not anchored) or the preset `head`; "" means all.
+    """
+
+    kind: SignalKind
+    params: str = ""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a high value means, what the source keeps, and where that is known to hold."""
+
+    high_means: str
+    keep: Literal["high", "low"]
+    source: str
+    valid: str = "any task"
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Declares the signals it needs and reduces them to one score per row and run.
+
+    A scorer is a frozen dataclass whose fields are its hyper-parameters. The engine averages the
+    result over seeds (mean, and standard deviation with ddof 1), so `reduce` sees one run only.
+    """
+
+    @property
+    def direction(self) -> Direction: ...
+
+    @property
+    def needs(self) -> frozenset[Signal]: ...
+
+    def reduce(
+        self, signals: Mapping[Signal, Float[Tensor, "k b"]], weights: Float[Tensor, " k"]
+    ) -> Float[Tensor, " b"]:
+        """Return one score per row from float64 signals of the K checkpoints of one run.
+
+        `weights` are the checkpoints' learning rates, normalised to sum 1 (equal where unknown).
+        Signals from training records have K = 1.
+        """
+        ...
