@@ -5,8 +5,8 @@ C classes or vocabulary size, D hidden size, K checkpoints of one run.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -32,13 +32,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, **moved)
+        return Batch(
+            {name: value.to(device) for name, value in self.inputs.items()},
+            self.targets.to(device),
+            self.rows,
+            None if self.row_ids is None else self.row_ids.to(device),
+            None if self.weights is None else self.weights.to(device),
+        )
 
     def select_rows(self, rows: Sequence[int]) -> "Batch":
         """Return the sub-batch of these rows, in this order."""
@@ -65,9 +65,9 @@ class Outputs:
     """
 
     loss: Float[Tensor, " b"]
-    targets: Int[Tensor, "s *t"] | None = None
-    logits: Float[Tensor, "s *t c"] | None = None
-    hidden: Float[Tensor, "s *t d"] | None = None
+    targets: Int[Tensor, "s ..."] | None = None
+    logits: Float[Tensor, "s ... c"] | None = None
+    hidden: Float[Tensor, "s ... d"] | None = None
     head: nn.Linear | None = None
     row_ids: Int[Tensor, " s"] | None = None
 
@@ -117,6 +117,8 @@ class Scorer(Protocol):
     A scorer is a frozen dataclass whose fields are its hyper-parameters. The engine averages the
     result over seeds (mean, and standard deviation with ddof 1), so `reduce` sees one run only.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def direction(self) -> Direction: ...

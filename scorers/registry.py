@@ -3,15 +3,16 @@
 Plug-ins add names through the entry-point group `curate.scorers`.
 """
 
-from collections.abc import Iterable
-from dataclasses import fields
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from curate.scorers.protocol import Scorer
+if TYPE_CHECKING:
+    from curate.scorers.protocol import Scorer
 
 SCORERS = {
     "aum": "curate.scorers.aum:AUM",
@@ -25,3 +26,108 @@ SCORERS = {
     "margin": "curate.scorers.margin:Margin",
     "self_influence": "curate.scorers.self_influence:SelfInfluence",
 }
+
+_REQUEST = re.compile(
+    r"(?:(?P<alias>[A-Za-z_]\w*)=)?(?P<name>\w+)(?:\((?P<params>.*)\))?", re.DOTALL
+)
+
+
+def scorer_names() -> list[str]:
+    """Return every known name: built-in first, then plug-ins."""
+    return sorted(SCORERS) + sorted(_plugins().keys() - SCORERS.keys())
+
+
+def make_scorers(requests: str | Sequence[str]) -> "dict[str, Scorer]":
+    """Return scorers by alias, in the order asked for.
+
+    A request is `name`, `name(field=value, ...)` or `alias=name(...)`; several may stand in one
+    string, separated by commas, so `["el2n,grand", "si_head=self_influence(params=head)"]` works.
+
+    Raises:
+        ValueError: a name is unknown, a field is not the scorer's, an alias occurs twice.
+    """
+    texts = [requests] if isinstance(requests, str) else requests
+    scorers: dict[str, Scorer] = {}
+    for text in (part for t in texts for part in _split(t)):
+        alias, scorer = _make(text)
+        if alias in scorers:
+            raise ValueError(
+                f"scorer {alias!r} is asked for twice; name one with ALIAS={alias}(...)"
+            )
+        scorers[alias] = scorer
+    if not scorers:
+        raise ValueError(f"no scorer is named; choose from: {', '.join(scorer_names())}")
+    return scorers
+
+
+def scorer_spec(scorer: "Scorer") -> dict[str, Any]:
+    """Return `{"name", "params"}` from which `scorer_from_spec` makes the scorer again."""
+    where = f"{type(scorer).__module__}:{type(scorer).__qualname__}"
+    homes = {home: name for name, home in {**_plugins(), **SCORERS}.items()}
+    assert where in homes, f"{where} is not in the registry"
+    return {"name": homes[where], "params": asdict(scorer)}
+
+
+def scorer_from_spec(spec: dict[str, Any]) -> "Scorer":
+    """Return the scorer that `scorer_spec` described.
+
+    Raises:
+        ValueError: the name is unknown or a parameter is not the scorer's.
+    """
+    home = {**_plugins(), **SCORERS}.get(spec["name"])
+    if home is None:
+        known = ", ".join(scorer_names())
+        raise ValueError(f"unknown scorer {spec['name']!r}; choose from: {known}")
+    module, _, name = home.partition(":")
+    cls = getattr(import_module(module), name)
+    known_fields = [f.name for f in fields(cls)]
+    for key in spec["params"]:
+        if key not in known_fields:
+            takes = ", ".join(known_fields) or "no parameters"
+            raise ValueError(f"scorer {spec['name']!r} has no parameter {key!r}; it takes: {takes}")
+    scorer: Scorer = cls(**spec["params"])
+    return scorer
+
+
+def _plugins() -> dict[str, str]:
+    return {e.name: e.value for e in entry_points(group="curate.scorers")}
+
+
+def _split(text: str) -> list[str]:
+    """Return the requests in `text`: commas inside brackets or quotes separate nothing."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        depth += (char in "([{") - (char in ")]}") if not quote else 0
+        if char == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _make(request: str) -> "tuple[str, Scorer]":
+    match = _REQUEST.fullmatch(request)
+    if match is None:
+        raise ValueError(
+            f"cannot read scorer {request!r}; write NAME, NAME(field=value) or ALIAS=..."
+        )
+    params = {}
+    for item in _split(match["params"] or ""):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read {item!r} in scorer {request!r}; write field=value")
+        params[key.strip()] = _literal(value.strip())
+    scorer = scorer_from_spec({"name": match["name"], "params": params})
+    return match["alias"] or match["name"], scorer
+
+
+def _literal(text: str) -> Any:
+    """Return a Python literal, or the text itself: `0.1` is a number, `head` a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
