@@ -1,0 +1,513 @@
+"""The command line: parse, call one library function, print. No logic lives here.
+
+Results go to stdout (`--json` for machines), everything else to stderr. Exit codes: 0 done,
+1 failed, 2 wrong input, 3 done with rows or units left out.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+import yaml
+
+import curate
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="curate",
+    help="Score every example of a corpus, select the part worth training on, prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Corpus = Annotated[
+    str,
+    typer.Argument(help="Parquet, Arrow or JSON lines: file, folder, glob, URL; or a data set."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show tracebacks.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what the output folder holds; else resume.")
+]
+Engine = Annotated[str, typer.Option(help="Where to run: auto, local or ray.")]
+RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="mlp, cnn, gpt, a Hugging Face folder, or file.py:factory."),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="image_classification, text_classification, causal_lm, tabular_classification, "
+        "or file.py:Class; guessed from the columns when unambiguous.",
+    ),
+]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task-option", help="KEY=VALUE for the task, such as label=y or max_length=128."
+    ),
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", help="KEY=VALUE for the model, such as hidden=[128,64]."),
+]
+RowLoss = Annotated[
+    str | None, typer.Option(help="mean or sum over a row's target tokens (language only).")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Split = Annotated[str | None, typer.Option(help="Split of a datasets folder or hub data set.")]
+Optimizer = Annotated[str, typer.Option(help="adamw or sgd.")]
+Schedule = Annotated[str, typer.Option(help="cosine or constant.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per training step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; small models want 1.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(curate.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("-o", "--out", help="Run folder.")] = "run",
+    seeds: Annotated[int, typer.Option(help="Proxy runs.")] = 10,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole job on bundled real data, in minutes, ending in a report."""
+    _talk(verbose)
+    from curate.pipeline.demo import run_demo
+
+    summary = run_demo(out, seeds=seeds)
+    _print(summary, as_json, lambda s: s["text"])
+
+
+@app.command()
+def train(
+    corpus: Corpus,
+    model: Model = None,
+    manifest: Annotated[str | None, typer.Option(help="Train on this selection.")] = None,
+    task: TaskName = None,
+    task_option: TaskOption = None,
+    model_option: ModelOption = None,
+    row_loss: RowLoss = None,
+    split: Split = None,
+    seeds: Annotated[int, typer.Option(help="Number of runs, one per seed.")] = 3,
+    first_seed: Annotated[int, typer.Option("--seed", help="The first run's seed.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs over the full corpus.")] = 10,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
+    save_epochs: Annotated[str | None, typer.Option(help="Such as 0,1,5; 0 is untrained.")] = None,
+    save_steps: Annotated[str | None, typer.Option(help="Such as 0,100,500.")] = None,
+    match: Annotated[str, typer.Option(help="Subsets train for equal steps or epochs.")] = "steps",
+    batch_size: BatchSize = 64,
+    lr: LearningRate = None,
+    optimizer: Optimizer = "adamw",
+    schedule: Schedule = "cosine",
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.01,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    pack: Annotated[
+        bool, typer.Option(help="Language: pack documents into full contexts.")
+    ] = False,
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
+    num_gpus: Annotated[float | None, typer.Option(help="GPUs per run.")] = None,
+    threads: Threads = None,
+    out: Annotated[str, typer.Option("-o", "--out", help="Checkpoint folder.")] = "run/checkpoints",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train proxies, or the final model on a manifest; save checkpoints."""
+    _talk(verbose)
+    from curate.pipeline.train import train as run
+
+    checkpoints = run(
+        _corpus(corpus, split),
+        model=_required(model, "--model"),
+        model_options=_pairs(model_option, "--model-option"),
+        task=task,
+        task_options=_task_options(task_option, row_loss),
+        manifest=manifest,
+        seeds=range(first_seed, first_seed + seeds),
+        epochs=epochs,
+        steps=steps,
+        save_epochs=_integers(save_epochs, "--save-epochs"),
+        save_steps=_integers(save_steps, "--save-steps"),
+        match=match,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        precision=precision,
+        pack=pack,
+        engine=engine,
+        ray_address=ray_address,
+        num_gpus=num_gpus,
+        threads=threads,
+        out=out,
+        overwrite=overwrite,
+    )
+    result = {"checkpoints": [c.path for c in checkpoints]}
+    _print(result, as_json, lambda r: "\n".join(r["checkpoints"]))
+
+
+@app.command()
+def score(
+    context: typer.Context,
+    corpus: Corpus,
+    checkpoints: Annotated[
+        list[str] | None, typer.Option(help="Checkpoint folders or a folder of them; repeatable.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="el2n,grand or ALIAS=self_influence(params=head); repeatable."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Corpus columns to copy; the label by default.")
+    ] = None,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Also write the score per checkpoint.")
+    ] = False,
+    model: Model = None,
+    task: TaskName = None,
+    task_option: TaskOption = None,
+    row_loss: RowLoss = None,
+    split: Split = None,
+    engine: Engine = "auto",
+    workers: Annotated[int | None, typer.Option(help="Scoring workers on Ray.")] = None,
+    num_gpus: Annotated[float | None, typer.Option(help="GPUs per worker.")] = None,
+    ray_address: RayAddress = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows per batch.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Token budget of a batch.")] = None,
+    unit_rows: Annotated[int | None, typer.Option(help="Rows per unit of work.")] = None,
+    max_bad_rows: Annotated[
+        int | None, typer.Option(help="Stop beyond this many; default max(10, 0.1 %).")
+    ] = None,
+    out: Annotated[str, typer.Option("-o", "--out", help="Score folder.")] = "run/scores",
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score every row of a corpus; run it again to resume."""
+    _talk(verbose)
+    from curate.pipeline.inspect import format_text
+    from curate.pipeline.score import score as run
+
+    result = run(
+        _corpus(corpus, split),
+        checkpoints=checkpoints or ["run/checkpoints"],
+        scorers=_required(scorer, "--scorer"),
+        keep=[c for text in keep for c in text.split(",") if c] if keep is not None else None,
+        keep_checkpoints=keep_checkpoints,
+        model=model,
+        task=task,
+        task_options=_task_options(task_option, row_loss),
+        engine=engine,
+        workers=workers,
+        num_gpus=num_gpus,
+        ray_address=ray_address,
+        batch_rows=batch_rows,
+        batch_tokens=batch_tokens,
+        unit_rows=unit_rows,
+        max_bad_rows=max_bad_rows,
+        out=out,
+        overwrite=overwrite,
+        dry_run=dry_run or context.info_name == "plan",
+    )
+    _print(result, as_json, format_text)
+
+
+app.command(name="plan", help="Say what `curate score` would run: rows, units and time.")(score)
+
+
+@app.command()
+def select(
+    scores: Annotated[str, typer.Argument(help="Score folder.")] = "run/scores",
+    by: Annotated[str | None, typer.Option(help="Score column; the only one by default.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="0.5 or 50% of the rows, 10000 rows, or 2e9tok tokens.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How to choose; `curate select --help` lists.")
+    ] = "keep",
+    param: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of the method, such as by_group=label.")
+    ] = None,
+    drop_top: Annotated[str, typer.Option(help="Drop this share or count of the top first.")] = "0",
+    offset: Annotated[str, typer.Option(help="window: where it starts in ascending order.")] = "0",
+    include_errors: Annotated[
+        bool, typer.Option("--include-errors", help="Rows that could not be scored may be kept.")
+    ] = False,
+    seed: Seed = 0,
+    out: Annotated[str, typer.Option("-o", "--out", help="Manifest folder.")] = "run/manifest",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Select rows by score under a budget and write a manifest."""
+    _talk(verbose)
+    from curate.pipeline.select import select as run
+
+    manifest = run(
+        scores,
+        by=by,
+        budget=budget,
+        method=method,
+        params=_pairs(param, "--param"),
+        drop_top=_number(drop_top, "--drop-top"),
+        offset=_number(offset, "--offset"),
+        include_errors=include_errors,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+    )
+    _print(manifest, as_json, str)
+
+
+@app.command()
+def evaluate(
+    corpus: Corpus,
+    manifest: Annotated[list[str] | None, typer.Option(help="Manifest folder; repeatable.")] = None,
+    test: Annotated[str | None, typer.Option(help="Corpus to test on.")] = None,
+    model: Model = None,
+    task: TaskName = None,
+    task_option: TaskOption = None,
+    model_option: ModelOption = None,
+    row_loss: RowLoss = None,
+    split: Split = None,
+    test_split: Annotated[str | None, typer.Option(help="Split of the test data set.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each subset.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Epochs over the full corpus.")] = 10,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
+    match: Annotated[str, typer.Option(help="Subsets train for equal steps or epochs.")] = "steps",
+    batch_size: BatchSize = 64,
+    lr: LearningRate = None,
+    optimizer: Optimizer = "adamw",
+    schedule: Schedule = "cosine",
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.01,
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
+    threads: Threads = None,
+    out: Annotated[str, typer.Option("-o", "--out", help="Result folder.")] = "run/evaluate",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train on each subset, a random one of its size, and all; compare on a test corpus."""
+    _talk(verbose)
+    from curate.pipeline.evaluate import evaluate as run
+    from curate.pipeline.evaluate import format_report
+
+    result = run(
+        _corpus(corpus, split),
+        manifests=manifest or ["run/manifest"],
+        test=_corpus(_required(test, "--test"), test_split),
+        model=_required(model, "--model"),
+        model_options=_pairs(model_option, "--model-option"),
+        task=task,
+        task_options=_task_options(task_option, row_loss),
+        seeds=seeds,
+        epochs=epochs,
+        steps=steps,
+        match=match,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        engine=engine,
+        ray_address=ray_address,
+        threads=threads,
+        out=out,
+        overwrite=overwrite,
+    )
+    _print(result, as_json, format_report)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Corpus, checkpoint, score or manifest folder, run.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a path holds."""
+    _talk(verbose)
+    from curate.pipeline.inspect import format_text
+    from curate.pipeline.inspect import inspect as look
+
+    _print(look(path), as_json, format_text)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="Score folder, manifest, checkpoint or run.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Recompute every digest; exit 1 where one differs."""
+    _talk(verbose)
+    from curate.pipeline.inspect import format_text
+    from curate.pipeline.inspect import verify as check
+
+    result = check(path)
+    _print(result, as_json, format_text)
+    if result["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="Run folder.")] = "run",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say how far a run has come."""
+    _talk(verbose)
+    from curate.pipeline.inspect import format_text
+    from curate.pipeline.inspect import status as look
+
+    _print(look(run), as_json, format_text)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Run folder.")] = "run",
+    out: Annotated[str | None, typer.Option("-o", "--out", help="HTML file.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an HTML report of a run."""
+    _talk(verbose)
+    from curate.pipeline.report import write_report
+
+    _print({"report": str(write_report(run, out))}, as_json, lambda r: r["report"])
+
+
+@app.command(name="run")
+def run_(
+    recipe: Annotated[str, typer.Argument(help="YAML file: corpus, run and the stages.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the stages of a recipe in order; run it again to resume."""
+    _talk(verbose)
+    from curate.pipeline.recipe import run_recipe
+
+    outputs = run_recipe(recipe)
+    _print(outputs, as_json, lambda o: "\n".join(f"{k}: {v}" for k, v in o.items()))
+
+
+def main() -> None:
+    """Run the command line; an error is one sentence, with a traceback only under -v."""
+    try:
+        app(_spread(sys.argv[1:]))
+    except ValueError as error:
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", 130)
+    except (RuntimeError, OSError) as error:
+        _fail(error, 1)
+    except Exception as error:
+        _fail(f"internal error, {type(error).__name__}: {error}; -v shows where", 1, error)
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """Return arguments in which `--checkpoints A B` has become `--checkpoints A --checkpoints B`.
+
+    Only behind the corpus, so that `--checkpoints A CORPUS` still means what it says.
+    """
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        return arguments
+    spread, flag = arguments[:2], ""
+    for argument in arguments[2:]:
+        if argument.startswith("-"):
+            flag = argument if argument in ("--checkpoints", "--manifest") else ""
+        elif flag and spread[-1] != flag:
+            spread.append(flag)
+        spread.append(argument)
+    return spread
+
+
+def _fail(error: Exception | str, code: int, cause: Exception | None = None) -> None:
+    cause = error if isinstance(error, Exception) else cause
+    if logging.getLogger("curate").level == logging.DEBUG and cause is not None:
+        traceback.print_exception(cause)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _talk(verbose: bool) -> None:
+    """Send the library's messages to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("curate")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _print(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    print(json.dumps(result, sort_keys=True) if as_json else text(result))
+
+
+def _required(value: T | None, flag: str) -> T:
+    if value is None:
+        raise ValueError(f"{flag} is missing; `curate {sys.argv[1]} --help` explains it")
+    return value
+
+
+def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
+    """Return KEY=VALUE items as a dict; values are read as YAML scalars or lists."""
+    pairs = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} {item!r} is not KEY=VALUE")
+        pairs[key] = yaml.safe_load(value)
+    return pairs
+
+
+def _task_options(items: list[str] | None, row_loss: str | None) -> dict[str, Any]:
+    options = _pairs(items, "--task-option")
+    return options if row_loss is None else {**options, "row_loss": row_loss}
+
+
+def _integers(text: str | None, flag: str) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text!r} is not a list of integers such as 0,1,5") from None
+
+
+def _number(text: str, flag: str) -> int | float:
+    """Return a count (an integer) or a share (with a point or a percent sign)."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"{flag} {text!r} is neither a count nor a share such as 0.1") from None
+
+
+def _corpus(uri: str, split: str | None) -> Any:
+    """Return the corpus of one split, or the path, which the library opens itself."""
+    if split is None:
+        return uri
+    from curate.pipeline.corpus import open_corpus
+
+    return open_corpus(uri, split=split)
