@@ -11,7 +11,7 @@ VENV   ?= .venv
 RUN    ?= run
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 .PHONY: demo test test-slow lint setup setup-dev clean
 
@@ -34,6 +34,7 @@ setup-dev: $(VENV)/.installed-dev
 
 # The build runs in the environment itself, so the pinned setuptools does it.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing curate and what it needs into $(VENV): some minutes the first time"
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
