@@ -27,7 +27,7 @@ test-slow: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	MYPYPATH=$(VENV)/types $(BIN)/mypy
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -41,6 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS),dev]'
+	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/curate  # mypy follows no import hook
 	@touch $@
 
 $(BIN)/python:
