@@ -81,6 +81,20 @@ def filesystem(uri: str) -> tuple[Any, str]:
     return ArrowFSWrapper(fs), path
 
 
+def join(uri: str, name: str) -> str:
+    """Return the place called `name` below `uri`; a URL's options and chained part stay last."""
+    if not is_url(uri):
+        return os.path.join(uri, name)
+    body, tail = split_url(uri)
+    return f"{body.rstrip('/')}/{name}{tail}"
+
+
+def split_url(uri: str) -> tuple[str, str]:
+    """Split off what follows the path in a URL: pyarrow's options or fsspec's chained URL."""
+    match = re.fullmatch(r"(\w[\w+.-]*://.*?)(\?\w+=.*|::.*)?", uri)
+    return (match[1], match[2] or "") if match else (uri, "")
+
+
 def canonical_json(content: object) -> bytes:
     """Return the one spelling of `content` as JSON: sorted keys, two spaces, UTF-8, newline."""
     text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
@@ -108,7 +122,7 @@ class Folder:
 
     def child(self, name: str) -> "Folder":
         """Return the folder of that name inside this one; it need not exist."""
-        return Folder(f"{self.uri.rstrip('/')}/{name}" if self.is_remote else self._path(name))
+        return Folder(join(self.uri, name))
 
     def local_path(self, name: str = "") -> Path | None:
         """Return where the file lies on this machine's file system, None if it is remote."""
@@ -215,7 +229,7 @@ class Folder:
 
     def full_name(self, name: str = "") -> str:
         """Return the file's path or URL as a user would write it."""
-        return f"{self.uri.rstrip('/')}/{name}" if self.is_remote else str(self._path(name))
+        return join(self.uri, name)
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -285,6 +299,8 @@ class Folder:
     @property
     def _puts_are_atomic(self) -> bool:
         protocols = self._fs.protocol
+        if isinstance(self._fs, ArrowFSWrapper):  # it has no exclusive create
+            return False
         return not ATOMIC_PUTS.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
 
     def _create_remote(self, name: str, data: bytes) -> bool:
