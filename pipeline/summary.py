@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 from scipy.stats import rankdata
 
 from curate.selectors.protocol import Table
@@ -146,20 +146,20 @@ class RowSample:
             keep = self._kept(self._hashes)
             self._hashes, self.values = self._hashes[keep], self.values[keep]
 
-    def _kept(self, hashes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+    def _kept(self, hashes: UInt64[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
         if self._shift == 0:
             return np.ones(len(hashes), dtype=bool)
         return np.asarray(hashes >> np.uint64(64 - self._shift) == 0)
 
 
-def row_hash(shard: Int[np.ndarray, " b"], row: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+def row_hash(shard: Int[np.ndarray, " b"], row: Int[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
     """Return 64 well-mixed bits per row (splitmix64's finaliser, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = row.astype(np.uint64) + shard.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x += np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _add(
