@@ -45,9 +45,7 @@ def _layout(
     k: int, seed: int, epoch: int, block: int
 ) -> tuple[Int64[ndarray, " b"], Int64[ndarray, " w"]]:
     """Return the permuted blocks and the place at which each window begins."""
-    blocks = _shuffled(
-        np.arange(-(-k // block), dtype=np.int64), stream_key(seed, epoch, _BLOCKS)
-    )
+    blocks = _shuffled(np.arange(-(-k // block), dtype=np.int64), stream_key(seed, epoch, _BLOCKS))
     sizes = np.minimum(block, k - blocks * block)  # only the last block is short
     begins = np.cumsum(sizes) - sizes
     return blocks, begins[::WINDOW_BLOCKS]

@@ -22,7 +22,7 @@ def mix64(x: UInt64[ndarray, " n"]) -> UInt64[ndarray, " n"]:
     x = x * np.uint64(0xBF58476D1CE4E5B9)
     x = x ^ (x >> np.uint64(27))
     x = x * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def stream_key(*words: int) -> int:
