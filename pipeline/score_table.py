@@ -9,7 +9,7 @@ tells the time, the machine or how often the run was killed.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def score_schema(
     id_type: pa.DataType | None = None,
     keep: Sequence[pa.Field] = (),
     with_std: bool = False,
-    with_checkpoints: bool = False,
+    with_checkpoints: Collection[str] = (),
     with_tokens: bool = False,
 ) -> pa.Schema:
     """Return the columns of a part: identity, kept columns, scores, tokens, error.
@@ -56,7 +56,7 @@ def score_schema(
         scores.append(pa.field(alias, pa.float32()))
         if with_std:
             scores.append(pa.field(f"{alias}_std", pa.float32()))
-        if with_checkpoints:
+        if alias in with_checkpoints:
             scores.append(pa.field(f"{alias}_by_checkpoint", pa.list_(pa.float32())))
     names = [field.name for field in scores]
     for field in scores:
@@ -185,7 +185,7 @@ class ScoreTable:
         return self._batches(wanted)
 
     def errors(self) -> pa.Table:
-        """Return the rows that could not be scored: shard, row, unit, error (id if there is one)."""
+        """Return the rows that could not be scored: shard, row, unit, error."""
         with self.folder.open(ERRORS) as file:
             return pq.read_table(file)
 
