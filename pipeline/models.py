@@ -1,0 +1,201 @@
+"""Models by name: built in, a Hugging Face folder, or the user's own factory."""
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from curate.pipeline.small_models import CNN, GPT, MLP
+from curate.pipeline.task import Task
+from curate.pipeline.user_code import absolute_spec, is_user_code, load_named
+
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": CNN, "gpt": GPT}
+OFFERED = frozenset({"num_classes", "vocab_size", "input_shape", "context"})
+"""What a task offers to any model: left out for a model that does not take it."""
+log = logging.getLogger("curate.models")
+
+
+def make_model(spec: str, **kw: Any) -> nn.Module:
+    """Return a model with fresh weights, or a Hugging Face folder's own, in training mode.
+
+    `spec` is `mlp`, `cnn`, `gpt`, a Hugging Face folder (or hub name, when online), or
+    `file.py:factory`. Fresh weights depend on torch's random state alone. Hugging Face weights come
+    as float32.
+
+    Raises:
+        ValueError: the name is unknown, or the model cannot be made from these arguments.
+    """
+    if spec in BUILT_IN:
+        return _call(BUILT_IN[spec], spec, kw)
+    if is_user_code(spec):
+        factory = load_named(spec)
+        if not callable(factory):
+            raise ValueError(f"{spec} is no function or class that makes a model")
+        model = _call(factory, spec, kw)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{spec} returned {type(model).__name__}, not a torch module")
+        return model
+    if is_huggingface(spec):
+        return pretrained(spec, auto_class(kw), kw)
+    raise ValueError(
+        f"unknown model {spec!r}; choose one of {', '.join(BUILT_IN)}, a folder with config.json, "
+        "or file.py:factory"
+    )
+
+
+def absolute_model(spec: str) -> str:
+    """Return the spec with any path in it absolute, as checkpoints record it."""
+    if spec in BUILT_IN:
+        return spec
+    if is_user_code(spec):
+        return absolute_spec(spec)
+    return str(Path(spec).absolute()) if Path(spec).is_dir() else spec
+
+
+def model_args(task: Task, corpus: object = None) -> dict[str, Any]:
+    """Return the task's own arguments for its model: `num_classes` or `vocab_size`, and shapes.
+
+    A user's task may define `model_args() -> dict`; otherwise it offers its number of classes.
+    `corpus` is not read: what a model must know of it, the task has recorded.
+    """
+    own = getattr(task, "model_args", None)
+    if own is not None:
+        return dict(own())
+    return {"num_classes": len(task.classes)} if task.classes else {}
+
+
+def is_huggingface(spec: str) -> bool:
+    """Tell whether `spec` is a folder with config.json, or may be a name on the hub."""
+    if Path(spec).is_dir():
+        return (Path(spec) / "config.json").is_file()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", spec) is not None and not Path(spec).exists()
+
+
+def auto_class(kw: dict[str, Any]) -> str:
+    """Return the transformers class that suits what the task offers."""
+    if "vocab_size" in kw and "num_classes" not in kw:
+        return "AutoModelForCausalLM"
+    if "input_shape" in kw:
+        if len(kw["input_shape"]) != 3:
+            raise ValueError("a Hugging Face model reads text or images, not a table; use mlp")
+        return "AutoModelForImageClassification"
+    return "AutoModelForSequenceClassification"
+
+
+def pretrained(folder: str, class_name: str, kw: dict[str, Any]) -> nn.Module:
+    """Return a Hugging Face model with its own weights; a head it lacks is fresh, and said so.
+
+    No code from the folder is run, and a pickle is read with `weights_only`.
+
+    Raises:
+        ValueError: there is no such folder or weights, or they do not fit the architecture.
+    """
+    import transformers
+
+    arguments = {k: v for k, v in kw.items() if k not in OFFERED}
+    if "num_classes" in kw:
+        arguments |= {"num_labels": kw["num_classes"], "ignore_mismatched_sizes": True}
+    try:
+        with _quiet():
+            model, info = getattr(transformers, class_name).from_pretrained(
+                folder,
+                trust_remote_code=False,
+                local_files_only=Path(folder).is_dir(),
+                output_loading_info=True,
+                dtype="float32",
+                **arguments,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"model {folder} cannot be loaded with {class_name}: {said}") from error
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if fresh:
+        log.warning("%s has no weights for %s: they start fresh", folder, few(fresh))
+    return prepared(model)
+
+
+def architecture(folder: str) -> nn.Module:
+    """Return the model that a folder's config.json describes, with fresh float32 weights.
+
+    Raises:
+        ValueError: transformers has no such architecture.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    made = getattr(transformers, name, None) if name else None
+    if made is None:
+        raise ValueError(f"{folder}/config.json names no architecture of transformers ({name!r})")
+    return prepared(made(config))
+
+
+def is_transformer(model: nn.Module) -> bool:
+    """Tell whether the model is one of transformers'."""
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """Return a Hugging Face model set up for training and scoring on whole batches."""
+    config: Any = model.config
+    config.use_cache = False
+    if getattr(config, "pad_token_id", None) is None:
+        eos = getattr(config, "eos_token_id", None)
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    if config.pad_token_id is None and hasattr(config, "vocab_size"):
+        config.pad_token_id = 0
+    return model.train()
+
+
+def few(names: Iterable[str], count: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more
+
+
+def _call(factory: Callable[..., object], spec: str, kw: dict[str, Any]) -> Any:
+    """Call a factory with what it takes of `kw`."""
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    extra = [k for k in kw if k not in parameters and k not in OFFERED]
+    if extra and not takes_any:
+        raise ValueError(f"model {spec!r} takes no {few(extra)}; it takes {', '.join(parameters)}")
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and name not in kw
+    ]
+    if missing:
+        offered = ", ".join(f"{k}={v}" for k, v in kw.items()) or "nothing"
+        raise ValueError(f"model {spec!r} needs {few(missing)}, but the task offers {offered}")
+    return factory(**{k: v for k, v in kw.items() if takes_any or k in parameters})
+
+
+class _quiet:
+    """Keeps transformers' progress bars and loading reports off; we report what is fresh."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf
+
+        self.level, self.bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf
+
+        hf.set_verbosity(self.level)
+        if self.bars:
+            hf.enable_progress_bar()

@@ -1,0 +1,68 @@
+"""Tokenizers from Hugging Face folders, and the bytes of UTF-8 as a vocabulary of their own."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BYTES = "bytes"
+BYTE_VOCABULARY = 257
+DOCUMENT = 256
+"""The byte vocabulary's extra token: it opens every document and parts packed ones."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+@lru_cache(maxsize=4)
+def tokenizer(source: str) -> Any:
+    """Return the tokenizer of a Hugging Face folder (or hub name, when online).
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=Path(source).is_dir(), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"no tokenizer can be loaded from {source}: {said}") from error
+
+
+def has_tokenizer(folder: str | None) -> bool:
+    """Tell whether a local folder holds a tokenizer's files."""
+    return folder is not None and any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tokenizer_digest(source: str) -> str | None:
+    """Return the sha256 over a tokenizer's files, None for one that is not in a folder."""
+    if not Path(source).is_dir():
+        return None
+    total = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (file := Path(source) / name).is_file():
+            total.update(name.encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()
+
+
+def byte_tokens(text: str) -> np.ndarray:
+    """Return DOCUMENT and the UTF-8 bytes of the text, int32."""
+    content = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    return np.concatenate([np.array([DOCUMENT], np.int32), content.astype(np.int32)])
