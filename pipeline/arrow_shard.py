@@ -46,7 +46,7 @@ class ArrowReader:
         else:
             self.hint = self._count_file() if self._is_file else self._count_stream(url)
         self.starts = self.hint.starts
-        self._next = 0 if hint else None  # the batch that the stream reader gives next
+        self._next = -1  # the batch that the stream reader gives next; its place was moved
 
     def batches(self, block: int, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
         whole = self._batch(block, columns)

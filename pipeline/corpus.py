@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -24,14 +22,15 @@ from curate.pipeline.fingerprint import (
     pool,
     sha256,
 )
-from curate.pipeline.formats import ShardReader, open_shard
+from curate.pipeline.formats import open_shard
+from curate.pipeline.readers import Readers, named
 from curate.pipeline.schemas import cast_batch, unify_schemas
 from curate.pipeline.storage import canonical_json, join
 
-log = logging.getLogger("curate.corpus")
-
-OPEN_READERS = 8
 TAKE_ROWS = 1024
+
+_readers = Readers()
+_unchanged: set[tuple[str, str, str]] = set()  # (url, stamp, fingerprint) compared before
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,10 @@ class Corpus:
         assert (np.diff(rows) >= 0).all(), "rows are not sorted"
         self._refuse_change(shard)
         picked = []
-        with self._named(shard):
-            reader = _readers.get(self, shard)
+        with named(self.url(shard)):
+            reader = _readers.get(
+                self.format, self.url(shard), self._hints[shard], self.shards[shard].fingerprint
+            )
             for block in np.unique(np.searchsorted(reader.starts, rows, side="right") - 1):
                 at = int(reader.starts[block])
                 for batch in reader.batches(int(block), schema.names, TAKE_ROWS):
@@ -159,16 +160,12 @@ class Corpus:
             if self._fingerprint_like(i, was["fingerprint"]) != was["fingerprint"]:
                 raise ValueError(f"shard {shard.path} changed since it was recorded")
         if len(self.shards) != len(recorded):
-            longer = (
-                [s.path for s in self.shards]
-                if len(self.shards) > len(recorded)
-                else [r["path"] for r in recorded]
-            )
-            extra = longer[min(len(self.shards), len(recorded))]
-            verb = "is new" if len(self.shards) > len(recorded) else "is gone"
+            both = min(len(self.shards), len(recorded))
+            new = [f"{shard.path} is new" for shard in self.shards[both:]]
+            gone = [f"{was['path']} is gone" for was in recorded[both:]]
             raise ValueError(
                 f"the corpus has {len(self.shards)} shards, recorded were {len(recorded)}: "
-                f"{extra} {verb}"
+                f"{(new + gone)[0]}"
             )
 
     def _project(self, columns: Sequence[str] | None) -> pa.Schema:
@@ -194,18 +191,20 @@ class Corpus:
             state = file_state(url)
         except FileNotFoundError:
             raise ValueError(f"shard {url} is gone; restore it") from None
-        if state.stamp == self._stamps[shard]:
+        seen = (url, state.stamp, known.fingerprint)
+        if state.stamp == self._stamps[shard] or seen in _unchanged:
             return
         kind = known.fingerprint.partition(":")[0]
         if state.size != known.bytes or fingerprint(url, state, kind) != known.fingerprint:
             raise ValueError(
                 f"shard {url} changed since the corpus was opened; start over on unchanging data"
             )
+        _unchanged.add(seen)
 
     def _stream(
         self, shard: int, start: int, stop: int, schema: pa.Schema, batch_rows: int
     ) -> Iterator[pa.RecordBatch]:
-        with self._named(shard):
+        with named(self.url(shard)):
             reader = open_shard(self.format, self.url(shard), self._hints[shard])
         try:
             first = int(np.searchsorted(reader.starts, start, side="right")) - 1
@@ -215,7 +214,7 @@ class Corpus:
                     return
                 batches = reader.batches(block, schema.names, batch_rows)
                 while at < stop:
-                    with self._named(shard):
+                    with named(self.url(shard)):
                         if (batch := next(batches, None)) is None:
                             break
                         lo, hi = max(start - at, 0), min(stop - at, batch.num_rows)
@@ -225,9 +224,6 @@ class Corpus:
                         yield cut
         finally:
             reader.close()
-
-    def _named(self, shard: int) -> "_Named":
-        return _Named(self.url(shard))
 
 
 def open_corpus(uri: str | os.PathLike[str] | Sequence[str], *, split: str | None = None) -> Corpus:
@@ -244,11 +240,7 @@ def open_corpus(uri: str | os.PathLike[str] | Sequence[str], *, split: str | Non
     is_small = sum(state.size for state in found.states) <= WHOLE_BYTES
     with pool() as threads:
         urls = [join(found.root, name) for name in found.names]
-        looks = list(
-            threads.map(
-                lambda a: _look(found.form, *a, is_small), zip(urls, found.states, strict=True)
-            )
-        )
+        looks = list(threads.map(_look, repeat(found.form), urls, found.states, repeat(is_small)))
     shards = tuple(
         Shard(name, look.rows, state.size, look.fingerprint)
         for name, state, look in zip(found.names, found.states, looks, strict=True)
@@ -285,12 +277,19 @@ _looks: dict[tuple[str, str, bool], _Look] = {}
 def _look(form: str, url: str, state: FileState, is_small: bool) -> _Look:
     key = (url, state.stamp, is_small)
     if key not in _looks:
-        with _Named(url):
+        with named(url):
             reader = open_shard(form, url)
             reader.close()
+        _refuse_twins(url, reader.schema)
         print_ = fingerprint(url, state, kind_for(state, is_small or form == "json"))
         _looks[key] = _Look(int(reader.starts[-1]), reader.schema, print_, reader.hint)
     return _looks[key]
+
+
+def _refuse_twins(url: str, schema: pa.Schema) -> None:
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise ValueError(f"shard {url} has two columns called {name!r}; rename one")
 
 
 def _with_features(schema: pa.Schema, found: Found) -> pa.Schema:
@@ -300,47 +299,3 @@ def _with_features(schema: pa.Schema, found: Found) -> pa.Schema:
         return schema
     info = json.dumps({"info": {"features": found.features}}).encode()
     return schema.with_metadata({**metadata, b"huggingface": info})
-
-
-class _Named:
-    """Puts the shard's name into what Arrow says about a damaged file."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise ValueError(f"shard {self.url} is gone; restore it") from None
-        if isinstance(error, pa.ArrowException | OSError | EOFError):
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"cannot read shard {self.url}: {said}; it is truncated or damaged, "
-                "restore it or leave it out"
-            ) from None
-
-
-class _Readers:
-    """The few readers that `take` keeps open, per process and thread: they are not shared."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, ...], ShardReader] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, corpus: Corpus, shard: int) -> ShardReader:
-        url = corpus.url(shard)
-        key = (os.getpid(), threading.get_ident(), url, corpus.shards[shard].fingerprint)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        reader = open_shard(corpus.format, url, corpus._hints[shard])
-        with self._lock:
-            self._kept[key] = reader
-            while len(self._kept) > OPEN_READERS:
-                self._kept.popitem(last=False)
-        return reader
-
-
-_readers = _Readers()

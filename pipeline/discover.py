@@ -61,10 +61,11 @@ def _found(uri: str, split: str | None) -> Found:
     if os.path.isfile(place):
         return _of_files(place, os.path.dirname(place), [place])
     if glob.has_magic(place):
-        files = [f for f in glob.glob(place, recursive=True) if os.path.isfile(f)]
         root = _fixed_part(place)
-        return _of_files(place, root, [f for f in files if _is_visible(os.path.relpath(f, root))])
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", uri) and format_of(uri) is None:
+        files = [f for f in glob.glob(place, recursive=True) if os.path.isfile(f)]
+        files = [f for f in files if _is_visible(os.path.relpath(f, root))]
+        return _of_files(place, root, [f for f in files if format_of(f)] or files)
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", uri) and format_of(uri) is None:
         from curate.pipeline.hub import hub_files
 
         name, files = hub_files(uri, split)
@@ -144,31 +145,32 @@ def _found_remote(uri: str, split: str | None) -> Found:
     if split is not None:
         raise ValueError(f"{uri} has no splits; leave out split={split!r}")
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
+    body, tail = split_url(uri)
+    root = (_fixed_part(body) if glob.has_magic(path) else body) + tail
     try:
-        if glob.has_magic(path):
-            entries, root = fs.glob(path, detail=True), _fixed_part(uri)
-        elif fs.isfile(path):
-            entries, root = {path: fs.info(path)}, uri[: uri.rindex("/")]
-        else:
-            entries, root = fs.find(path, detail=True), uri
+        fs.invalidate_cache()
+        if fs.isfile(path):
+            state = state_of_entry(fs.info(path))
+            folder, _, name = body.rpartition("/")
+            return _ordered(uri, folder + tail, {name: state})
+        look = fs.glob if glob.has_magic(path) else fs.find
+        entries = look(path, detail=True)
     except FileNotFoundError:
-        entries, root = {}, uri
-    except (OSError, ImportError) as failed:
-        raise ValueError(f"cannot list {uri}: {failed}") from None
-    tail = split_url(uri)[1]
-    if tail and not root.endswith(tail):
-        root += tail
+        entries = {}
+    except Exception as failed:  # each store's client has its own errors
+        said = " ".join(str(failed).split())
+        raise ValueError(f"cannot list {uri}: {said}; check the address and access") from None
     base = filesystem(root)[1].rstrip("/")
-    entries = {
-        name[len(base) :].lstrip("/"): entry
-        for name, entry in entries.items()
-        if entry["type"] == "file"
-    }
-    visible = {n: e for n, e in entries.items() if _is_visible(n)}
-    if len(visible) > 1 or not fs.isfile(path):
-        visible = {n: e for n, e in visible.items() if format_of(n)}
-    return _ordered(uri, root, {name: state_of_entry(e) for name, e in visible.items()})
+    below = {name[len(base) :].lstrip("/"): entry for name, entry in entries.items()}
+    return _ordered(
+        uri,
+        root,
+        {
+            name: state_of_entry(entry)
+            for name, entry in below.items()
+            if entry["type"] == "file" and _is_visible(name) and format_of(name)
+        },
+    )
 
 
 def _of_files(

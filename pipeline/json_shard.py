@@ -6,7 +6,6 @@ columns they need. Texts stay texts, also where they look like dates.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -174,13 +173,14 @@ def _explain(text: bytes, url: str, line: int, error: Exception) -> str:
         try:
             parsed: Any = json.loads(raw)
         except ValueError as fault:
-            return f"{url} line {number} is not valid JSON ({fault}); correct or remove it"
+            said = fault.msg if isinstance(fault, json.JSONDecodeError) else str(fault)
+            return f"{url} line {number} is not valid JSON ({said}); correct or remove it"
         if not isinstance(parsed, dict):
             return f"{url} line {number} is not a JSON object; write one object per line"
     said = " ".join(str(error).split())
-    row = re.search(r" in row (\d+)$", said)
-    where = f" line {filled[int(row[1])][0]}" if row and int(row[1]) < len(filled) else ""
-    return f"{url}{where}: {said.removeprefix('JSON parse error: ')}; make its columns alike"
+    what, _, row = said.removeprefix("JSON parse error: ").partition(" in row ")
+    where = f" line {filled[int(row)][0]}" if row.isdigit() and int(row) < len(filled) else ""
+    return f"{url}{where}: {what}; give every line the same columns and types"
 
 
 def _without_dates(schema: pa.Schema) -> pa.Schema:

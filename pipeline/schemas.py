@@ -183,10 +183,11 @@ def _unify_lists(a: pa.DataType, b: pa.DataType, loose: bool) -> pa.DataType:
 def _unify_structs(a: pa.DataType, b: pa.DataType, loose: bool) -> pa.DataType:
     if not loose and {f.name for f in a} != {f.name for f in b}:
         raise Conflict
-    fields = [
-        f.with_type(unify_types(f.type, b.field(f.name).type, loose))
-        if b.get_field_index(f.name) >= 0
-        else f
-        for f in a
-    ]
+    fields = []
+    for field in a:
+        if b.get_field_index(field.name) >= 0:
+            other = b.field(field.name)
+            unified = unify_types(field.type, other.type, loose)
+            field = field.with_type(unified).with_nullable(field.nullable or other.nullable)
+        fields.append(field)
     return pa.struct(fields + [f for f in b if a.get_field_index(f.name) < 0])
