@@ -111,12 +111,15 @@ class Corpus:
             )
             for block in np.unique(np.searchsorted(reader.starts, rows, side="right") - 1):
                 at = int(reader.starts[block])
+                stop = rows[np.searchsorted(rows, reader.starts[block + 1]) - 1]
                 for batch in reader.batches(int(block), schema.names, TAKE_ROWS):
                     lo, hi = np.searchsorted(rows, (at, at + batch.num_rows))
                     if lo < hi:
                         chosen = batch.take(pa.array(rows[lo:hi] - at))
                         picked.append(cast_batch(chosen, schema))
                     at += batch.num_rows
+                    if at > stop:
+                        break
         return pa.Table.from_batches(picked, schema)
 
     def describe(self) -> dict[str, Any]:

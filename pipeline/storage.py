@@ -1,22 +1,17 @@
-"""Output folders, local or remote, and the commit protocol that makes their files crash-proof.
+"""Places, local or remote, and output folders whose files appear whole or not at all.
 
-A file appears under its final name whole or not at all, whatever is killed when: it is written to
-`.tmp/`, read back, fsynced, and only then linked to its name. `create` is also a race with one
-winner: several writers may try, the first commit stays, the others are told so.
+`Folder.create` is a race with one winner: several writers may try, the first commit stays, the
+others are told so. Locally `commit.py` sees to that; object stores by a conditional upload.
 """
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
 import re
-import socket
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,19 +19,14 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.arrow import ArrowFSWrapper
 
-TMP = ".tmp"
-BLOCK_BYTES = 1 << 20
+from curate.pipeline import commit
+from curate.pipeline.commit import TMP
+from curate.pipeline.commit import NoSpaceError as NoSpaceError
+
 ATOMIC_PUTS = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"}
 """Protocols where an upload becomes visible whole, and `create` is refused when the name exists."""
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
-
-
-class NoSpaceError(OSError):
-    """The disk is full; nothing was left under the final name."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)
 
 
 def is_url(uri: str) -> bool:
@@ -174,29 +164,23 @@ class Folder:
     def create(self, name: str, data: bytes) -> bool:
         """Commit `data` under a new name; False, with nothing changed, when the name is taken.
 
+        Stores without a conditional upload (anything but local, memory, S3, GCS, Azure) look first
+        and write then: there, two writers in the same instant both win and the later one stays.
+
         Raises:
             NoSpaceError: the disk is full.
             ValueError: the folder cannot be written.
         """
         if self.is_remote:
             return self._create_remote(name, data)
-        if self.exists(name):
-            return False
-        with self._explained(name):
-            for _ in range(3):  # another process may have cleaned our temporary file away
-                with contextlib.suppress(FileNotFoundError), self._written(name, data) as tmp:
-                    return _link(tmp, self._path(name))
-            raise OSError(errno.EIO, f"temporary files vanish from {self._path(TMP)}")
+        return commit.create(Path(self.uri), name, data)
 
     def replace(self, name: str, data: bytes) -> None:
         """Write the file whole or leave what was there; raises as `create`."""
         if self.is_remote:
             self._replace_remote(name, data)
-            return
-        with self._explained(name), self._written(name, data) as tmp:
-            final = self._path(name)
-            os.replace(tmp, final)
-            _sync_folder(final.parent)
+        else:
+            commit.replace(Path(self.uri), name, data)
 
     def write_json(self, name: str, content: object) -> None:
         """Replace the file by `content` as canonical JSON."""
@@ -209,7 +193,7 @@ class Folder:
                 self._fs.rm_file(self._remote(name))
             else:
                 self._path(name).unlink()
-                _sync_folder(self._path(name).parent)
+                commit.sync_folder(self._path(name).parent)
 
     def clean_tmp(self, older_than_s: float = 24 * 3600) -> int:
         """Remove leftovers of dead writers, and any older than that; return how many.
@@ -218,14 +202,7 @@ class Folder:
         """
         if self.is_remote:
             return self._clean_remote(older_than_s)
-        removed = 0
-        tmp = self._path(TMP)
-        for leftover in tmp.iterdir() if tmp.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):
-                if leftover.name != "lock" and _is_leftover(leftover, older_than_s):
-                    leftover.unlink()
-                    removed += 1
-        return removed
+        return commit.clean(Path(self.uri), older_than_s)
 
     def full_name(self, name: str = "") -> str:
         """Return the file's path or URL as a user would write it."""
@@ -264,38 +241,6 @@ class Folder:
             return []
         return sorted(lead + n for n in names if n.startswith(stem))
 
-    @contextlib.contextmanager
-    def _written(self, name: str, data: bytes) -> Iterator[Path]:
-        """Give a verified, durable temporary file with `data`; it is gone afterwards."""
-        _make_folders(self._path(name).parent)
-        _make_folders(self._path(TMP))
-        tmp = self._path(f"{TMP}/{_tmp_name(name)}")
-        try:
-            _write(tmp, data)
-            yield tmp
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                tmp.unlink()
-
-    @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """Turn what the operating system says into one sentence with the file's name."""
-        try:
-            yield
-        except OSError as failed:
-            where = self.full_name(name)
-            if failed.errno in (errno.ENOSPC, errno.EDQUOT):
-                said = f"no space left on the device for {where}; free some and run this again"
-                raise NoSpaceError(failed.errno, said) from None
-            if failed.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise ValueError(f"cannot write {where}: {failed.strerror}") from None
-            if failed.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-                taken = failed.filename2 or failed.filename
-                raise ValueError(
-                    f"cannot write {where}: {taken} is in the way; choose another output folder"
-                ) from None
-            raise
-
     @property
     def _puts_are_atomic(self) -> bool:
         protocols = self._fs.protocol
@@ -323,7 +268,7 @@ class Folder:
         if self._puts_are_atomic:
             self._fs.pipe_file(self._remote(name), data)
         else:
-            tmp = self._remote(f"{TMP}/{_tmp_name(name)}")
+            tmp = self._remote(f"{TMP}/{commit.tmp_name(name)}")
             for folder in (tmp, self._remote(name)):
                 self._fs.makedirs(folder.rsplit("/", 1)[0], exist_ok=True)
             self._fs.pipe_file(tmp, data)
@@ -352,93 +297,3 @@ def open_binary(fs: Any, path: str) -> BinaryIO:
     if "memory" in fs.protocol:  # fsspec hands every reader the same object, position and all
         return io.BytesIO(fs.cat_file(path))
     return cast(BinaryIO, fs.open(path, "rb"))
-
-
-def _owner() -> str:
-    """Name the set of processes whose ids this process can look up."""
-    try:
-        space = os.readlink("/proc/self/ns/pid")  # containers may share a host name and a disk
-    except OSError:
-        space = ""
-    return re.sub(r"[^\w.-]", "", f"{socket.gethostname()}.{space}")
-
-
-def _tmp_name(name: str) -> str:
-    base = name.rsplit("/", 1)[-1][:100]
-    return f"{base}~{_owner()}~{os.getpid()}~{uuid.uuid4().hex}~{time.time():.0f}"
-
-
-def _is_leftover(path: Path, older_than_s: float) -> bool:
-    parts = path.name.split("~")
-    if len(parts) >= 5 and parts[-4] == _owner() and not _is_alive(int(parts[-3])):
-        return True
-    return time.time() - path.stat().st_mtime > older_than_s
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _make_folders(path: Path) -> None:
-    """Make the folder and its missing parents, durably."""
-    if path.is_dir():
-        return
-    _make_folders(path.parent)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path))
-    _sync_folder(path.parent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write, fsync and read back a new file."""
-    with path.open("x+b", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[file.write(left) :]
-        os.fsync(file.fileno())
-        file.seek(0)
-        for start in range(0, len(data), BLOCK_BYTES):
-            block = memoryview(data)[start : start + BLOCK_BYTES]
-            if file.read(len(block)) != block:
-                raise OSError(errno.EIO, f"{path} does not hold what was written to it")
-
-
-def _link(tmp: Path, final: Path) -> bool:
-    """Give a durable file its name unless that is taken."""
-    try:
-        os.link(tmp, final)
-    except FileExistsError:
-        return False
-    except OSError as failed:
-        if failed.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-            raise
-        return _rename_under_lock(tmp, final)
-    _sync_folder(final.parent)
-    return True
-
-
-def _rename_under_lock(tmp: Path, final: Path) -> bool:
-    """As `_link`, on file systems without hard links (FAT, some network mounts)."""
-    with (tmp.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it when the holder dies
-        if final.exists():
-            return False
-        os.rename(tmp, final)
-        _sync_folder(final.parent)
-        return True
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
