@@ -1,7 +1,7 @@
 """Checkpoints: self-describing folders of weights, ours or the Hugging Face Trainer's.
 
-`seed0-epoch005/` or `seed0-step000500/` holds `model.safetensors` and `curate.json` (DESIGN §5), and
-for a Hugging Face model its configuration and tokenizer. Folders are local.
+`seed0-epoch005/` or `seed0-step000500/` holds `model.safetensors` and `curate.json`, and for a
+Hugging Face model its configuration and tokenizer. Folders are local.
 """
 
 import glob
@@ -233,7 +233,7 @@ def _of_trainer(folder: Path, digest: str) -> Checkpoint:
         _json(folder / "trainer_state.json") if (folder / "trainer_state.json").is_file() else {}
     )
     match = TRAINER_FOLDER.fullmatch(folder.name)
-    step = int(state.get("global_step", match[1] if match else 0))
+    step = int(state.get("global_step") or (match[1] if match else 0))
     rates = [e["learning_rate"] for e in state.get("log_history", []) if "learning_rate" in e]
     batch = state.get("train_batch_size")
     seed = re.search(r"seed[-_]?(\d+)", folder.parent.name)

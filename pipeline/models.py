@@ -31,7 +31,8 @@ def make_model(spec: str, **kw: Any) -> nn.Module:
         ValueError: the name is unknown, or the model cannot be made from these arguments.
     """
     if spec in BUILT_IN:
-        return _call(BUILT_IN[spec], spec, kw)
+        built: nn.Module = _call(BUILT_IN[spec], spec, kw)
+        return built
     if is_user_code(spec):
         factory = load_named(spec)
         if not callable(factory):
@@ -190,12 +191,12 @@ class _quiet:
         from transformers.utils import logging as hf
 
         self.level, self.bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-        hf.set_verbosity_error()
-        hf.disable_progress_bar()
+        hf.set_verbosity_error()  # type: ignore[no-untyped-call]
+        hf.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
         from transformers.utils import logging as hf
 
         hf.set_verbosity(self.level)
         if self.bars:
-            hf.enable_progress_bar()
+            hf.enable_progress_bar()  # type: ignore[no-untyped-call]

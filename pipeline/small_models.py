@@ -4,6 +4,7 @@ Shapes: B rows, C channels, H height, W width, K classes, T tokens, V vocabulary
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -20,13 +21,13 @@ class MLP(nn.Sequential):
     ) -> None:
         sizes = [prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for wide, narrow in zip(sizes, sizes[1:], strict=False):
+        for wide, narrow in pairwise(sizes):
             layers += [nn.Linear(wide, narrow), nn.ReLU()]
         super().__init__(*layers, nn.Linear(sizes[-1], num_classes))
 
 
 class CNN(nn.Module):
-    """A ResNet-9 after Page (2018, "How to train your ResNet"): two residual blocks, three poolings.
+    """A ResNet-9 after Page (2018, "How to train your ResNet"): 3 poolings, 2 residual blocks.
 
     `width` is the number of channels after the first convolution; the last has 8 x `width`.
     Any input from 1x1 up works: a pooling is left out once the image is too small for it.
@@ -81,8 +82,10 @@ class GPT(nn.Module):
             ValueError: the sequence is longer than the context.
         """
         if input_ids.shape[1] > self.context:
-            raise ValueError(f"{input_ids.shape[1]} tokens do not fit the context {self.context}")
-        # One position per row and token: a broadcast [1, T] lookup would sum its gradient over rows.
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens do not fit the model's context of {self.context}"
+            )
+        # One position per row and token: the gradient of a [1, T] lookup is summed over rows.
         places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.blocks(self.tokens(input_ids) + self.positions(places))
         logits: Tensor = self.head(self.norm(x))

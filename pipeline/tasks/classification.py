@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor, nn
+from torch import nn
 
 from curate.kernels.cross_entropy import token_cross_entropy
 from curate.pipeline.task import Columns, Task
+from curate.pipeline.tasks.calls import call
 from curate.pipeline.tasks.labels import Labels
 from curate.pipeline.tasks.schema import require
 from curate.scorers.protocol import Batch, Outputs
@@ -37,15 +38,9 @@ class Classification(Task):
         """Return the rows' class indices, int64 [n]; raises ValueError naming a bad label."""
         return self.labels.encode(rows.column(self.label), self.label)
 
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the model's logits [B, C]; one input goes in by position, several by name."""
-        if len(batch.inputs) == 1:
-            return logits_of(model(next(iter(batch.inputs.values()))))
-        return logits_of(model(**batch.inputs))
-
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Return each row's cross entropy, in nats, with logits and class indices."""
-        logits = self.forward(model, batch)
+        logits = call(model, batch.inputs)
         if logits.ndim != 2 or logits.shape[1] != len(self.labels.classes):
             raise ValueError(
                 f"the model gives logits of shape {list(logits.shape)}, but the task has "
@@ -81,19 +76,3 @@ def described(description: Mapping[str, Any]) -> dict[str, Any]:
             tuple(description["classes"]), description["preprocess"]["labels"] == "index"
         ),
     }
-
-
-def logits_of(result: object) -> Tensor:
-    """Return the logits of whatever a model returns: a tensor, `.logits`, or a first element.
-
-    Raises:
-        ValueError: none of these is a tensor.
-    """
-    found = getattr(result, "logits", result)
-    if isinstance(found, Mapping):
-        found = found.get("logits")
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise ValueError(f"the model returned {type(result).__name__}, not logits")
-    return found

@@ -53,7 +53,7 @@ class CustomTask(Task):
 
 
 def custom_from_corpus(spec: str, corpus: Corpus, options: Mapping[str, Any]) -> CustomTask:
-    """Return `Class.from_corpus(corpus, **options)` where the class has it, else `Class(**options)`.
+    """Return `Class.from_corpus(corpus, **options)` if the class has it, else `Class(**options)`.
 
     Raises:
         ValueError: the class is no Task, or does not take these options.

@@ -1,7 +1,7 @@
 """Which classes a corpus has, and labels as class indices."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +122,8 @@ def _scan(corpus: Corpus, name: str) -> Labels:
         values.update(pc.unique(array.drop_null()).to_pylist())
         if len(values) > MAX_CLASSES:
             raise ValueError(
-                f"label column {name!r} has more than {MAX_CLASSES} different values; it is no class"
+                f"label column {name!r} has more than {MAX_CLASSES} different values; "
+                "that is no class"
             )
     if not values:
         raise ValueError(f"label column {name!r} is null in all {corpus.rows} rows")
@@ -139,7 +140,7 @@ def _require_one_label(corpus: Corpus, name: str, labels: Labels) -> None:
     raise ValueError(f"label column {name!r} has no label among the {labels._say()} in any row")
 
 
-def _stream(corpus: Corpus, name: str) -> "list[pa.Array] | pa.Array":
+def _stream(corpus: Corpus, name: str) -> Iterator[pa.Array]:
     for shard in range(len(corpus.shards)):
         for batch in corpus.read(shard, columns=[name], batch_rows=65_536):
             yield _plain(combined(batch.column(0)), name)

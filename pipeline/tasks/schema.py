@@ -76,7 +76,7 @@ def is_image(schema: pa.Schema, name: str) -> bool:
     if features(schema).get(name, {}).get("_type") == "Image":
         return True
     if pt.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return bool(kind.get_field_index("bytes") >= 0)
     if is_string(storage_type(kind)):
         return name in PATH_NAMES
     return is_binary(storage_type(kind)) or (
@@ -93,7 +93,7 @@ def is_square_list(schema: pa.Schema, name: str) -> bool:
 
 
 def square_shape(length: int) -> tuple[int, int, int] | None:
-    """Return (1, s, s) or (3, s, s) for a length s² or 3·s², None for any other; s is at least 4."""
+    """Return (1, s, s) or (3, s, s) for a length s² or 3·s² with s at least 4, else None."""
     for channels in (1, 3):
         side = round((length / channels) ** 0.5)
         if side >= 4 and channels * side * side == length:

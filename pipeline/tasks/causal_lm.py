@@ -1,0 +1,330 @@
+"""Documents whose every token after the first is predicted from those before it.
+
+Shapes: B documents, S windows, T tokens of a window, V vocabulary.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from curate.kernels.cross_entropy import token_cross_entropy
+from curate.pipeline.corpus import Corpus
+from curate.pipeline.task import Columns, Task
+from curate.pipeline.tasks import options
+from curate.pipeline.tasks.arrays import (
+    combined,
+    is_list,
+    leaf_type,
+    lists,
+    padded,
+    ragged,
+    storage_type,
+)
+from curate.pipeline.tasks.calls import call
+from curate.pipeline.tasks.schema import TOKEN_NAMES, id_column, require
+from curate.pipeline.tasks.text_classification import vocabulary
+from curate.pipeline.tasks.texts import (
+    POSITION_KEYS,
+    config_value,
+    pad_token,
+    text_columns,
+    tokenize,
+    tokenizer_source,
+)
+from curate.pipeline.tokenizers import BYTES, DOCUMENT, tokenizer, tokenizer_digest
+from curate.scorers.protocol import IGNORE, Batch, Outputs
+
+RowLoss = Literal["mean", "sum"]
+LARGEST_CONTEXT = 2048
+"""Tokens of a window unless `context` says otherwise: longer ones cost memory that few want."""
+BUILT_IN_CONTEXT = 256
+log = logging.getLogger("curate.tasks")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents end to end in windows of one length, for training; padding only at the very end.
+
+    `targets[s, t]` follows `input_ids[s, t]`. `weights` and `row_ids` are those of the document
+    that the target token belongs to.
+    """
+
+    input_ids: Int[Tensor, "s t"]
+    targets: Int[Tensor, "s t"]
+    weights: Float[Tensor, "s t"]
+    row_ids: Int[Tensor, "s t"]
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """Return the same on `device`."""
+        moved = (self.input_ids, self.targets, self.weights, self.row_ids)
+        return Packed(*(tensor.to(device) for tensor in moved))
+
+
+@dataclass
+class CausalLM(Task):
+    """One column of text, or of token ids.
+
+    A document is what the tokenizer makes of its text, with an end token where `append_eos`. A
+    document longer than `context` is cut into consecutive windows; every token but the
+    document's first is a target exactly once, the first token of a window being predicted by the
+    last position of the window before. A row's loss is the mean (or sum) over all its targets.
+    """
+
+    input: str
+    id: str | None
+    tokenizer: str | None
+    tokenizer_digest: str | None
+    vocab_size: int
+    context: int
+    row_loss: RowLoss = "mean"
+    append_eos: bool = False
+    kind = "causal_lm"
+
+    @classmethod
+    def from_corpus(
+        cls,
+        corpus: Corpus,
+        *,
+        model: str | None = None,
+        inputs: str | Sequence[str] | None = None,
+        tokenizer: str | None = None,
+        context: int | str | None = None,
+        row_loss: str = "mean",
+        append_eos: bool | str = False,
+        vocab_size: int | str | None = None,
+    ) -> Self:
+        """Return the task for this corpus, with the model's tokenizer and context unless given.
+
+        Raises:
+            ValueError: no column is evidently the document, or there is no tokenizer for it.
+        """
+        if row_loss not in ("mean", "sum"):
+            raise ValueError(f"row_loss is 'mean' or 'sum', not {row_loss!r}")
+        column, holds_tokens = _document_column(corpus.schema, inputs)
+        source = tokenizer_source(tokenizer, model)
+        if source is None and (not holds_tokens or tokenizer == BYTES):
+            source = BYTES
+            log.info("documents are read byte by byte (--task-option tokenizer=FOLDER for another)")
+        size = None if vocab_size is None else options.sizes(vocab_size, "vocab_size")[0]
+        size = size or config_value(model, "vocab_size")
+        if size is None:
+            size = vocabulary(source) if source else _scan_vocabulary(corpus, column)
+        return cls(
+            column,
+            id_column(corpus.schema),
+            None if holds_tokens else source,
+            None if holds_tokens or source is None else tokenizer_digest(source),
+            size,
+            _context(context, model),
+            cast(RowLoss, row_loss),
+            options.flag(append_eos, "append_eos"),
+        )
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Self:
+        """Return the task that `describe` described."""
+        columns = description["columns"]
+        return cls(
+            columns["inputs"][0],
+            columns.get("id"),
+            row_loss=description["row_loss"],
+            **description["preprocess"],
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the description kept in checkpoints; `from_description` reads it."""
+        return {
+            "kind": self.kind,
+            "columns": {"inputs": [self.input], "label": None, "id": self.id},
+            "classes": None,
+            "preprocess": {
+                "tokenizer": self.tokenizer,
+                "tokenizer_digest": self.tokenizer_digest,
+                "vocab_size": self.vocab_size,
+                "context": self.context,
+                "append_eos": self.append_eos,
+            },
+            "row_loss": self.row_loss,
+        }
+
+    def model_args(self) -> dict[str, Any]:
+        """Return the vocabulary's size, and the context for models that start from nothing."""
+        return {"vocab_size": self.vocab_size, "context": self.context}
+
+    def columns(self, schema: pa.Schema) -> Columns:
+        """Return the document column, and `id` where the corpus has it."""
+        require(schema, Columns((self.input,)))
+        holds_tokens = is_list(storage_type(schema.field(self.input).type))
+        if holds_tokens != (self.tokenizer is None):
+            expected = "token ids" if self.tokenizer is None else "text"
+            raise ValueError(
+                f"column {self.input!r} holds {schema.field(self.input).type}, not {expected}"
+            )
+        return Columns((self.input,), id=self.id if self.id in schema.names else None)
+
+    def encode(self, rows: pa.Table) -> pa.Table:
+        """Return `tokens`, one list of ids per document.
+
+        Raises:
+            ValueError: a document is null or has no target token, or an id is out of range.
+        """
+        column = rows.column(self.input)
+        if column.null_count:
+            raise ValueError(f"document column {self.input!r} is null")
+        if self.tokenizer is None:
+            values, offsets = ragged(column)
+            if np.isnan(values).any() if values.dtype.kind == "f" else values.dtype.kind == "O":
+                raise ValueError("a token id is null")
+        else:
+            made = tokenize(self.tokenizer, [column], None)["input_ids"]
+            values = np.concatenate([np.empty(0, np.int32), *made])
+            offsets = np.concatenate([[0], np.cumsum([len(row) for row in made])]).astype(np.int64)
+        if self.append_eos:
+            values, offsets = self._with_end(values, offsets)
+        lengths = np.diff(offsets)
+        if (lengths < 2).any():
+            shortest = int(lengths.min())
+            raise ValueError(f"the document has no target token ({shortest} token{'s'[shortest:]})")
+        if values.size and (values.min() < 0 or values.max() >= self.vocab_size):
+            odd = values[(values < 0) | (values >= self.vocab_size)][0]
+            raise ValueError(f"token id {odd} is outside the vocabulary of {self.vocab_size}")
+        return pa.table({"tokens": lists(values.astype(np.int32), lengths)})
+
+    def cost(self, encoded: pa.Table) -> np.ndarray:
+        """Return each document's tokens, int64 [B]."""
+        return np.diff(ragged(encoded.column("tokens"))[1])
+
+    def collate(self, encoded: pa.Table) -> Batch:
+        """Return the documents' windows in order, int64 [S, T], padded on the right.
+
+        There is no attention mask: what stands behind a token never changes its prediction.
+        """
+        values, offsets = ragged(encoded.column("tokens"))
+        predictors = np.diff(offsets) - 1  # the last token predicts nothing
+        windows = -(-predictors // self.context)
+        row_ids = np.repeat(np.arange(len(windows)), windows)
+        nth = np.arange(len(row_ids)) - np.repeat(np.cumsum(windows) - windows, windows)
+        lengths = np.minimum(predictors[row_ids] - nth * self.context, self.context)
+        starts = offsets[row_ids] + nth * self.context
+        inputs = torch.from_numpy(padded(values, starts, lengths, pad_token(self.tokenizer)))
+        targets = torch.from_numpy(padded(values, starts + 1, lengths, IGNORE))
+        is_cut = len(row_ids) > encoded.num_rows
+        ids = torch.from_numpy(row_ids) if is_cut else None
+        return Batch({"input_ids": inputs}, targets, encoded.num_rows, ids)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Return each document's loss, in nats, with logits and targets per window."""
+        logits = call(model, batch.inputs)
+        tokens = token_cross_entropy(logits, batch.targets)
+        loss = _by_row(tokens.sum(1), batch)
+        if self.row_loss == "mean":
+            counts = _by_row((batch.targets != IGNORE).sum(1).to(loss.dtype), batch)
+            loss = loss / counts
+        return Outputs(loss=loss, targets=batch.targets, logits=logits, row_ids=batch.row_ids)
+
+    def pack_batch(self, encoded: pa.Table, weights: Float[Tensor, " b"] | None = None) -> Packed:
+        """Return the documents end to end in full contexts, each followed by an end token.
+
+        For training: a window may hold several documents, and attention sees across them. Every
+        token but the stream's first is a target, with its document's weight (1 by default).
+        """
+        values, offsets = ragged(encoded.column("tokens"))
+        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        end = self._end_token()
+        if end is not None:
+            closes = values[offsets[1:] - 1] != end
+            if (values[offsets[:-1]] == end).all():  # the next document's first token parts them
+                closes[:] = False
+            at, ended = offsets[1:][closes], np.flatnonzero(closes)
+            values, rows = np.insert(values, at, end), np.insert(rows, at, ended)
+        return self._windows(values, rows, weights)
+
+    def packed_loss(self, model: nn.Module, packed: Packed) -> Float[Tensor, ""]:
+        """Return sum(w_doc · loss_token) / sum(w_doc) over the packed target tokens."""
+        tokens = token_cross_entropy(call(model, {"input_ids": packed.input_ids}), packed.targets)
+        return (tokens * packed.weights).sum() / packed.weights.sum()
+
+    def _windows(self, values: np.ndarray, rows: np.ndarray, weights: Tensor | None) -> Packed:
+        starts = np.arange(0, len(values) - 1, self.context)
+        lengths = np.minimum(len(values) - 1 - starts, self.context)
+        pad = pad_token(self.tokenizer)
+        ids = torch.from_numpy(padded(rows, starts + 1, lengths, 0))
+        targets = torch.from_numpy(padded(values, starts + 1, lengths, IGNORE))
+        each = torch.ones(int(rows.max()) + 1) if weights is None else weights.float().cpu()
+        return Packed(
+            torch.from_numpy(padded(values, starts, lengths, pad)),
+            targets,
+            each[ids] * (targets != IGNORE),
+            ids,
+        )
+
+    def _with_end(self, values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        end = self._end_token()
+        if end is None:
+            raise ValueError("append_eos needs a tokenizer that has an end token")
+        return np.insert(values, offsets[1:], end), offsets + np.arange(len(offsets))
+
+    def _end_token(self) -> int | None:
+        if self.tokenizer is None:
+            return None
+        if self.tokenizer == BYTES:
+            return DOCUMENT
+        return cast("int | None", tokenizer(self.tokenizer).eos_token_id)
+
+
+def _by_row(of_windows: Tensor, batch: Batch) -> Tensor:
+    """Return the sum over each row's windows."""
+    if batch.row_ids is None:
+        return of_windows
+    return of_windows.new_zeros(batch.rows).index_add(0, batch.row_ids, of_windows)
+
+
+def _document_column(schema: pa.Schema, inputs: str | Sequence[str] | None) -> tuple[str, bool]:
+    tokens = [n for n in schema.names if _holds_tokens(schema.field(n).type)]
+    if inputs is not None:
+        names = options.names(inputs)
+        if len(names) == 1 and names[0] in tokens:
+            return names[0], True
+        return text_columns(schema, inputs, None, most=1)[0], False
+    named = [name for name in TOKEN_NAMES if name in tokens]
+    if named:
+        return named[0], True
+    return text_columns(schema, None, None, most=1)[0], False
+
+
+def _holds_tokens(kind: pa.DataType) -> bool:
+    kind = storage_type(kind)
+    return bool(is_list(kind) and not is_list(kind.value_type) and pt.is_integer(leaf_type(kind)))
+
+
+def _scan_vocabulary(corpus: Corpus, column: str) -> int:
+    largest = 0
+    for shard in range(len(corpus.shards)):
+        for batch in corpus.read(shard, columns=[column]):
+            values, _ = ragged(combined(batch.column(0)).drop_null())
+            largest = max(largest, int(np.nanmax(values, initial=0)))
+    log.info("the largest token id is %d: the vocabulary has %d", largest, largest + 1)
+    return largest + 1
+
+
+def _context(given: int | str | None, model: str | None) -> int:
+    if given is not None:
+        return options.sizes(given, "context")[0]
+    positions = config_value(model, *POSITION_KEYS)
+    if positions is None:
+        return BUILT_IN_CONTEXT if model in (None, "gpt") else LARGEST_CONTEXT
+    if positions > LARGEST_CONTEXT:
+        log.info(
+            "the model takes %d tokens; windows have %d (--task-option context=N)",
+            positions,
+            LARGEST_CONTEXT,
+        )
+    return min(positions, LARGEST_CONTEXT)
