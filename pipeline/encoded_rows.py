@@ -98,16 +98,24 @@ class HeldRows:
 
     def batch(self, positions: Int64[ndarray, " b"]) -> tuple[Batch | None, Int64[ndarray, " n"]]:
         """Return the usable rows among `positions` as a batch, and which of them they are."""
-        at = self._at[positions]
-        kept = np.flatnonzero(at >= 0)
+        kept = np.flatnonzero(self._at[positions] >= 0)
         if not len(kept):
             return None, kept
-        at = at[kept]
+        at = self._at[positions[kept]]
         if self._whole is None:
             return self._task.collate(self._table.take(pa.array(at))).to(self._device), kept
         index = torch.from_numpy(at).to(self._device)
         inputs = {name: value[index] for name, value in self._whole.inputs.items()}
         return Batch(inputs, self._whole.targets[index], len(at)), kept
+
+    def encoded(
+        self, positions: Int64[ndarray, " b"]
+    ) -> tuple[pa.Table | None, Int64[ndarray, " n"]]:
+        """Return the usable rows among `positions` as the task encodes them, and which they are."""
+        kept = np.flatnonzero(self._at[positions] >= 0)
+        if not len(kept):
+            return None, kept
+        return self._table.take(pa.array(self._at[positions[kept]])), kept
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,12 @@ class PickedRows:
     def batch(self, positions: Int64[ndarray, " b"]) -> tuple[Batch | None, Int64[ndarray, " n"]]:
         """Return the usable rows among `positions` as a batch, and which of them they are."""
         return self.held.batch(self.at[positions])
+
+    def encoded(
+        self, positions: Int64[ndarray, " b"]
+    ) -> tuple[pa.Table | None, Int64[ndarray, " n"]]:
+        """Return the usable rows among `positions` as the task encodes them, and which they are."""
+        return self.held.encoded(self.at[positions])
 
 
 class StreamedRows:
@@ -139,6 +153,12 @@ class StreamedRows:
                 return None, kept
             return self._task.collate(table).to(self._device), kept
         return batch.to(self._device), np.arange(len(positions))
+
+    def encoded(
+        self, positions: Int64[ndarray, " b"]
+    ) -> tuple[pa.Table | None, Int64[ndarray, " n"]]:
+        """Return the usable rows among `positions` as the task encodes them, and which they are."""
+        return encode(self._task, self._source.take(positions), self._bad)
 
 
 def trainable_rows(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from curate.pipeline.row_source import RowSource
 from curate.pipeline.schedule import Length
 from curate.scorers.protocol import Batch
 
+if TYPE_CHECKING:
+    from curate.pipeline.tasks.causal_lm import CausalLM, Packed
+
 AHEAD = 2
 """Batches made in the background while the device works; none for rows held in memory."""
 
@@ -27,7 +31,7 @@ class Fed:
     """One step's batch (None where no row of it can be used) and its rows' positions."""
 
     step: int
-    batch: Batch | None
+    batch: "Batch | Packed | None"
     positions: Int64[ndarray, " b"]
 
 
@@ -35,7 +39,7 @@ class RowStream:
     """Epoch after epoch of a source in its keyed order, cut into steps.
 
     Weights of kind `loss` travel in `Batch.weights`; those of kind `sampling` and `repeat` are in
-    how often a position occurs.
+    how often a position occurs. With a `packing` task the rows of a step are packed into windows.
     """
 
     def __init__(
@@ -45,8 +49,9 @@ class RowStream:
         seed: int,
         length: Length,
         device: str,
+        packing: "CausalLM | None" = None,
     ) -> None:
-        self._source, self._rows, self._seed = source, rows, seed
+        self._source, self._rows, self._seed, self._packing = source, rows, seed, packing
         self._length, self._device = length, device
         self._plan = lru_cache(maxsize=2)(self._new_plan)
 
@@ -78,11 +83,22 @@ class RowStream:
 
     def _fed(self, step: int) -> Fed:
         positions = self.positions(*self._length.bounds(step))
+        if self._packing is not None:
+            return self._fed_packed(self._packing, step, positions)
         batch, kept = self._rows.batch(positions)
         positions = positions[kept]
         if batch is not None and self._source.weight_kind == "loss":
             batch = replace(batch, weights=self._weights(positions))
         return Fed(step, batch, positions)
+
+    def _fed_packed(self, task: "CausalLM", step: int, positions: Int64[ndarray, " b"]) -> Fed:
+        table, kept = self._rows.encoded(positions)
+        positions = positions[kept]
+        if table is None:
+            return Fed(step, None, positions)
+        is_weighted = self._source.weight_kind == "loss"
+        weights = self._weights(positions) if is_weighted else None
+        return Fed(step, task.pack_batch(table, weights).to(self._device), positions)
 
     def _weights(self, positions: Int64[ndarray, " n"]) -> Float[Tensor, " n"]:
         places = self._source.places

@@ -24,6 +24,8 @@ from curate.pipeline.row_source import RowSource
 from curate.pipeline.schedule import Shape
 from curate.pipeline.storage import Folder, absolute
 from curate.pipeline.task import Task
+from curate.pipeline.tasks.causal_lm import CausalLM
+from curate.pipeline.tasks.guess import guess_task
 from curate.pipeline.tasks.registry import make_task
 from curate.pipeline.train_progress import train_progress
 from curate.pipeline.train_settings import (
@@ -53,6 +55,7 @@ def train(
     model: str,
     task: str | None = None,
     task_options: Mapping[str, Any] | None = None,
+    model_options: Mapping[str, Any] | None = None,
     manifest: str | os.PathLike[str] | None = None,
     seeds: int | Sequence[int] = 3,
     epochs: int = 10,
@@ -69,7 +72,9 @@ def train(
     clip_norm: float | None = None,
     precision: Precision | None = None,
     device: str | None = None,
+    pack: bool = False,
     threads: int | None = None,
+    num_gpus: float | None = None,
     engine: Engine = "local",
     ray_address: str | None = None,
     out: str | os.PathLike[str] = "run/checkpoints",
@@ -81,7 +86,9 @@ def train(
     With a manifest, on its rows: as many steps as the whole corpus would take (`match="steps"`),
     or `epochs` over the selection (`match="epochs"`). Step 0 is `save_epochs=[0]`; by default
     checkpoints stand at a fifth, a half and the end. What is not given is usual for the model:
-    `curate.pipeline.train_settings.recipe`. `threads` are CPU threads; by default CURATE_THREADS,
+    `curate.pipeline.train_settings.recipe`. `model_options` are the model's own arguments. `pack`
+    puts documents end to end (then nothing is recorded per row). `num_gpus` is what a seed takes of
+    a Ray node's GPUs. `threads` are CPU threads; by default CURATE_THREADS,
     or one for models so small that several only wait for each other, else torch's number.
 
     A run that was killed goes on when called again, and ends with the same bytes; finished seeds
@@ -96,6 +103,7 @@ def train(
         model=model,
         task=task,
         task_options=task_options,
+        model_options=model_options,
         manifest=None if manifest is None else os.fspath(manifest),
         epochs=epochs,
         steps=steps,
@@ -111,10 +119,19 @@ def train(
         clip_norm=clip_norm,
         precision=precision,
         device=device,
+        pack=pack,
         threads=threads,
         out=out,
     )
-    return run_training(settings, seed_numbers(seeds), engine, ray_address, overwrite, progress)
+    return run_training(
+        settings,
+        seed_numbers(seeds),
+        engine=engine,
+        ray_address=ray_address,
+        num_gpus=num_gpus,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def settings_for(
@@ -124,6 +141,7 @@ def settings_for(
     out: str | os.PathLike[str],
     task: str | None = None,
     task_options: Mapping[str, Any] | None = None,
+    model_options: Mapping[str, Any] | None = None,
     manifest: str | None = None,
     epochs: int = 10,
     steps: int | None = None,
@@ -139,6 +157,7 @@ def settings_for(
     clip_norm: float | None = None,
     precision: Precision | None = None,
     device: str | None = None,
+    pack: bool = False,
     threads: int | None = None,
     records: bool = True,
 ) -> TrainSettings:
@@ -154,7 +173,7 @@ def settings_for(
         corpus=opened,
         task=made.describe(),
         model=absolute_model(model),
-        model_args=model_args(made, opened),
+        model_args=model_args(made, opened) | dict(model_options or {}),
         manifest=None if manifest is None else absolute(manifest),
         selected=opened.rows,
         epochs=epochs,
@@ -172,9 +191,12 @@ def settings_for(
         threads=default_threads() if threads is None else threads,
         save_epochs=None if save_epochs is None else tuple(save_epochs),
         save_steps=None if save_steps is None else tuple(save_steps),
-        records=records,
+        pack=pack,
+        records=records and not pack,
         out=_local(out),
     )
+    if pack and not isinstance(made, CausalLM):
+        raise ValueError(f"only documents of causal_lm can be packed, not rows of {made.kind}")
     if manifest is not None:
         settings = settings.on_manifest(manifest)
     flops = _step_flops(settings, made)
@@ -184,8 +206,10 @@ def settings_for(
 def run_training(
     settings: TrainSettings,
     seeds: Sequence[int],
+    *,
     engine: Engine = "local",
     ray_address: str | None = None,
+    num_gpus: float | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Checkpoint]:
@@ -200,9 +224,7 @@ def run_training(
         for seed in sorted({*seeds} - {*missing}):
             log.info("seed %d is trained already", seed)
         if engine == "ray" and missing:
-            from curate.pipeline.ray_training import train_with_ray
-
-            receipts = train_with_ray(settings, missing, ray_address)
+            receipts = _train_on_ray(settings, missing, ray_address, num_gpus)
         else:
             receipts = [_train_here(settings, seed, progress) for seed in missing]
         _say_bad_rows(receipts)
@@ -223,9 +245,7 @@ def _task(corpus: Corpus, task: str | None, options: Mapping[str, Any] | None, m
     if not corpus.rows:
         raise ValueError(f"the corpus {corpus.uri} has no rows")
     if task is None:
-        from curate.pipeline.tasks.guess import guess_task
-
-        task = guess_task(corpus.schema)
+        task = guess_task(corpus.schema, (options or {}).get("label"))
     return make_task(task, corpus, model=model, **(options or {}))
 
 
@@ -308,6 +328,27 @@ def _clear(out: Path) -> None:
 def _train_here(settings: TrainSettings, seed: int, progress: bool) -> SeedReceipt:
     with closing(train_progress(f"seed {seed}", settings.length.steps, progress)) as shown:
         return train_seed(settings, seed, shown.report)
+
+
+def _train_on_ray(
+    settings: TrainSettings, seeds: Sequence[int], address: str | None, num_gpus: float | None
+) -> list[SeedReceipt]:
+    from curate.pipeline.ray_training import RayShare, results_on_ray
+
+    share = RayShare.of(settings, num_gpus, address)
+    receipts = []
+    jobs = [(settings, seed) for seed in seeds]
+    for (_, seed), receipt in results_on_ray(train_seed, jobs, share):
+        receipts.append(receipt)
+        log.info(
+            "seed %d: %d steps in %.1f s (%d of %d seeds)",
+            seed,
+            receipt.steps,
+            receipt.seconds,
+            len(receipts),
+            len(seeds),
+        )
+    return receipts
 
 
 def _say_bad_rows(receipts: Sequence[SeedReceipt]) -> None:

@@ -14,7 +14,7 @@ from curate.pipeline.schedule import Length, Rate, SavePoint, Shape, save_points
 from curate.pipeline.storage import absolute
 
 Optimizer = Literal["adamw", "sgd"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Match = Literal["steps", "epochs"]
 
 THREADS_VARIABLE = "CURATE_THREADS"
@@ -75,6 +75,7 @@ class TrainSettings:
     threads: int
     save_epochs: tuple[int, ...] | None
     save_steps: tuple[int, ...] | None
+    pack: bool
     records: bool
     out: str
     manifest_digest: str | None = None
@@ -182,7 +183,7 @@ def default_device() -> str:
 
 
 def default_precision(device: str) -> Precision:
-    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
 def default_rate(model: str, optimizer: str) -> float:

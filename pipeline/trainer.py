@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curate.pipeline.batch_loss import batch_loss
 from curate.pipeline.checkpoint import save_checkpoint
@@ -33,6 +33,7 @@ from curate.pipeline.row_stream import Fed, RowStream
 from curate.pipeline.schedule import SavePoint
 from curate.pipeline.storage import Folder
 from curate.pipeline.task import Task
+from curate.pipeline.tasks.causal_lm import CausalLM, Packed
 from curate.pipeline.tasks.registry import task_from_description
 from curate.pipeline.train_settings import TrainSettings
 
@@ -113,13 +114,16 @@ class SeedTraining:
             )
         else:
             rows = PickedRows(held[1], _positions_in(held[0], self.source))
-        self.stream = RowStream(self.source, rows, seed, settings.length, settings.device)
+        packing = self.task if settings.pack and isinstance(self.task, CausalLM) else None
+        length, device = settings.length, settings.device
+        self.stream = RowStream(self.source, rows, seed, length, device, packing)
         seed_all(seed, "weights")
         self.model = make_model(settings.model, **settings.model_args).to(settings.device)
         self.optimizer = _optimizer(settings, self.model)
+        self.scaler = torch.amp.GradScaler(enabled=settings.precision == "float16")
         self.step = 0
         self.log = self._observation_log() if settings.records else None
-        self._losses: list[tuple[Fed, torch.Tensor]] = []
+        self._losses: list[tuple[Fed, Tensor]] = []
 
     def resume(self) -> int:
         """Go back to the last saved state, if there is one; return its step."""
@@ -128,15 +132,16 @@ class SeedTraining:
             state = torch.load(stream, map_location=self.settings.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             self.step = int(state["step"])
             log.info("seed %d goes on after step %d", self.seed, self.step)
         if self.log is not None:
             self.log.rewind(self.step)
         return self.step
 
-    def run(self, report: Report) -> nn.Module:
-        """Train to the end, saving on the way; return the model in training mode."""
-        points = {p.step: p for p in self.settings.points}
+    def run(self, report: Report, save: bool = True) -> nn.Module:
+        """Train to the end, saving checkpoints on the way; return the model in training mode."""
+        points = {p.step: p for p in self.settings.points if save}
         if self.step == 0 and 0 in points:
             self._save_checkpoint(points[0])
         self.model.train()
@@ -170,17 +175,30 @@ class SeedTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(fed.step)
         kind = torch.device(settings.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=settings.precision == "bf16"):
-            outputs = self.task.outputs(self.model, fed.batch)
+        dtype = getattr(torch, settings.precision)
+        with torch.autocast(kind, dtype, enabled=dtype is not torch.float32):
+            loss = self._forward(fed)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = batch_loss(outputs, fed.batch, settings.task.get("row_loss", "mean"))
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if settings.clip_norm:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _forward(self, fed: Fed) -> Tensor:
+        """Return the step's loss and note what it says of every row."""
+        if isinstance(fed.batch, Packed):
+            assert isinstance(self.task, CausalLM), "only documents are packed"
+            loss = self.task.packed_loss(self.model, fed.batch)
+            self._losses.append((fed, loss.detach().expand(len(fed.positions))))
+            return loss
+        assert fed.batch is not None, "a step without rows is skipped"
+        outputs = self.task.outputs(self.model, fed.batch)
         self._losses.append((fed, outputs.loss.detach()))
         if self.log is not None:
             self.log.add(fed.step, fed.positions, outputs)
+        return batch_loss(outputs, fed.batch, self.settings.task.get("row_loss", "mean"))
 
     def _mean_loss(self) -> float | None:
         """Return the mean loss since the last call, after making sure that all are finite."""
@@ -227,6 +245,7 @@ class SeedTraining:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
         }
         stream = io.BytesIO()
