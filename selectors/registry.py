@@ -1,0 +1,64 @@
+"""Names of selectors, as text: listing them imports no selector.
+
+Plug-ins add names through the entry-point group `curate.selectors`.
+"""
+
+from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from curate.selectors.protocol import Selector
+
+SELECTORS = {
+    "balanced": "curate.selectors.balanced:Balanced",
+    "bottom": "curate.selectors.bottom:Bottom",
+    "keep": "curate.selectors.keep:Keep",
+    "random": "curate.selectors.random:Random",
+    "stratified": "curate.selectors.stratified:Stratified",
+    "threshold": "curate.selectors.threshold:Threshold",
+    "top": "curate.selectors.top:Top",
+    "window": "curate.selectors.window:Window",
+}
+
+
+def selector_names() -> list[str]:
+    """Return every known name: built-in first, then plug-ins."""
+    return sorted(SELECTORS) + sorted(_plugins().keys() - SELECTORS.keys())
+
+
+def selector_fields(name: str) -> list[str]:
+    """Return the names of the method's hyper-parameters. Raises ValueError as `make_selector`."""
+    return [f.name for f in fields(_selector_class(name))]
+
+
+def make_selector(name: str, **params: Any) -> Selector:
+    """Return the selector of that name with these hyper-parameters.
+
+    Raises:
+        ValueError: the name is unknown, a parameter is not the method's, or one is missing.
+    """
+    cls = _selector_class(name)
+    known = [f.name for f in fields(cls)]
+    for key in params:
+        if key not in known:
+            takes = ", ".join(known)
+            raise ValueError(f"method {name!r} has no parameter {key!r}; it takes: {takes}")
+    try:
+        selector: Selector = cls(**params)
+    except TypeError as problem:
+        raise ValueError(f"method {name!r}: {str(problem).partition('() ')[2]}") from None
+    return selector
+
+
+def _selector_class(name: str) -> Any:
+    home = {**_plugins(), **SELECTORS}.get(name)
+    if home is None:
+        known = ", ".join(selector_names())
+        raise ValueError(f"unknown method {name!r}; choose from: {known}")
+    module, _, cls = home.partition(":")
+    return getattr(import_module(module), cls)
+
+
+def _plugins() -> dict[str, str]:
+    return {e.name: e.value for e in entry_points(group="curate.selectors")}

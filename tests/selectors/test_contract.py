@@ -1,0 +1,67 @@
+"""What every selector in the registry promises."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from curate.selectors.protocol import SELECTION_SCHEMA, Budget, Selector
+from curate.selectors.registry import SELECTORS, make_selector, selector_fields, selector_names
+
+REQUIRED = {
+    "by": "score",
+    "by_group": "label",
+    "direction": "low",
+    "at_least": -10.0,
+}
+
+
+def make(name):
+    wanted = {f for f in selector_fields(name)} & REQUIRED.keys()
+    return make_selector(name, **{field: REQUIRED[field] for field in wanted})
+
+
+@pytest.fixture
+def table(make_table):
+    generator = np.random.default_rng(3)
+    scores = generator.integers(0, 9, 95).astype(np.float32)
+    scores[[5, 6]] = np.nan
+    return make_table(scores, errors=[1, 50], label=pa.array(generator.integers(0, 3, 95)))
+
+
+def test_names_are_listed():
+    assert selector_names()[: len(SELECTORS)] == sorted(SELECTORS)
+
+
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+class TestEverySelector:
+    def test_is_a_selector_with_documented_class(self, name):
+        assert isinstance(make(name), Selector)
+        assert type(make(name)).__doc__
+
+    def test_keeps_the_budget_once_sorted_and_without_failed_rows(self, name, table, kept):
+        chosen = kept(make(name).select(table, Budget("fraction", 0.4), np.random.default_rng(0)))
+        assert len(chosen) == 38
+        assert (np.diff(chosen) > 0).all()
+        failed = {1, 50} if name in ("random",) else {1, 50, 5, 6}
+        if name == "balanced":
+            assert failed == {1, 50, 5, 6}
+        assert not failed & set(chosen.tolist())
+
+    def test_batches_begin_with_the_selection_schema(self, name, table):
+        selection = make(name).select(table, Budget("rows", 9), np.random.default_rng(0))
+        for batch in selection.batches:
+            head = batch.select(SELECTION_SCHEMA.names).schema
+            assert head.equals(SELECTION_SCHEMA)
+
+    def test_is_a_function_of_the_seed_not_of_the_batches(self, name, table, kept):
+        selector = make(name)
+        draws = []
+        for batch_rows in (1, 13, 95):
+            table.batch_rows = batch_rows
+            rng = np.random.default_rng(4)
+            draws.append(kept(selector.select(table, Budget("rows", 30), rng)).tolist())
+        assert draws[0] == draws[1] == draws[2]
+
+    def test_the_whole_corpus_fits(self, name, table, kept):
+        chosen = kept(make(name).select(table, Budget("fraction", 1.0), np.random.default_rng(0)))
+        assert len(chosen) in (91, 93)
