@@ -9,6 +9,7 @@ from a unit's second try on.
 
 import json
 import os
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -50,6 +51,7 @@ class Attempt:
     def __init__(self, folder: Folder, unit: int, number: int, session: str) -> None:
         self.folder = folder
         self.record = Record(unit, number, session, os.getpid())
+        self._lock = threading.Lock()
         self._file: int | None = None
         path = folder.local_path(self.record.name)
         if path is not None:
@@ -59,20 +61,22 @@ class Attempt:
 
     def step(self, kind: str, key: str | None) -> None:
         """Note that step `key` of this kind begins; None, that no step of the kind is under way."""
-        if key is None:
-            self.record.steps.pop(kind, None)
-        else:
-            self.record.steps[kind] = key
-        if self._file is not None or (key is not None and self.record.number > 0):
-            self._write()
+        with self._lock:  # the thread that reads ahead has steps of its own
+            if key is None:
+                self.record.steps.pop(kind, None)
+            else:
+                self.record.steps[kind] = key
+            if self._file is not None or (key is not None and self.record.number > 0):
+                self._write()
 
     def end(self, state: State, reason: str = "") -> None:
         """Note how the try ended."""
-        self.record.state, self.record.reason = state, reason
-        self._write()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        with self._lock:
+            self.record.state, self.record.reason = state, reason
+            self._write()
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
 
     def _write(self) -> None:
         line = json.dumps(vars(self.record), sort_keys=True).encode()
@@ -106,11 +110,11 @@ def close_attempt(folder: Folder, record: Record, state: State, reason: str) -> 
 
 
 def deaths(records: list[Record]) -> Counter[str]:
-    """Return how often each step was under way when its process died; "" is no step at all."""
+    """Return how often each step (`kind:key`) was under way when its process died; "" is none."""
     count: Counter[str] = Counter()
     for record in records:
         if record.state == "died":
-            count.update(record.steps.values() or [""])
+            count.update([f"{kind}:{key}" for kind, key in record.steps.items()] or [""])
     return count
 
 

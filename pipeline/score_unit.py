@@ -4,21 +4,27 @@
 finite is halved until single rows are left, and the rest is scored again without them.
 """
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from curate.pipeline.score_rows import ScoreRows
-from curate.pipeline.signal_pass import OutOfMemory, Reading, SignalPass
+from curate.pipeline.signal_pass import DeviceLost, OutOfMemory, Reading, SignalPass
 from curate.pipeline.units import Unit
+from curate.pipeline.windows import (
+    Ledger,
+    NoLedger,
+    Window,
+    encode_rows,
+    raw_windows,
+    said,
+    windows,
+)
 from curate.pipeline.work import Work
 from curate.scorers.protocol import Batch
 
@@ -28,29 +34,9 @@ GROUP_BYTES = 256 << 20
 """Collated batches held at once while checkpoints are swapped under them."""
 GROUP_BATCHES = 64
 
-Groups = list[tuple[list[int], str | None]]
-"""Rows that may share a batch, or rows that cannot be run at all, with the reason."""
-
 
 class RunError(RuntimeError):
     """The run cannot go on; the message is one sentence for its user."""
-
-
-class Ledger(Protocol):
-    """Where a unit notes what it is about to do, and learns what killed it before."""
-
-    def step(self, kind: str, key: str | None) -> None: ...
-
-    def groups(self, kind: str, key: str, rows: list[int]) -> Groups: ...
-
-
-class NoLedger:
-    """Notes nothing: for tests and timing."""
-
-    def step(self, kind: str, key: str | None) -> None: ...
-
-    def groups(self, kind: str, key: str, rows: list[int]) -> Groups:
-        return [(rows, None)]
 
 
 @dataclass
@@ -59,18 +45,6 @@ class Piece:
 
     key: str
     rows: np.ndarray
-
-
-@dataclass
-class Window:
-    """Consecutive rows of a unit: as read, and as encoded without those that cannot be."""
-
-    number: int
-    start: int
-    raw: pa.Table
-    encoded: pa.Table | None = None
-    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    errors: dict[int, str] = field(default_factory=dict)
 
 
 def score_unit(
@@ -94,13 +68,36 @@ def score_unit(
     kept: list[pa.Table] = []
     if not work.columns:
         scores.fill(np.arange(unit.rows), {})
-    for window in _ahead(_windows(work, unit, signals, ledger), work.threads):
+    task = signals.task if signals.wanted else None
+    for window in windows(work, unit, task, ledger):
         scoring.window(window)
         kept.append(window.raw.select(_kept_columns(work)))
         if progress is not None:
             progress(window.raw.num_rows)
     table = scores.table(pa.concat_tables(kept) if kept else None)
     return table, receipt(work, unit, len(scores.errors), scoring.splits)
+
+
+def try_rows(work: Work, unit: Unit, signals: SignalPass, rows: list[int], run: bool) -> None:
+    """Read these rows (positions in one window) and, if `run`, score them in one batch.
+
+    Nothing is returned: the question is whether the process survives. What rows raise is no
+    answer to it, a lost device is.
+    """
+    wanted = np.array(rows, dtype=np.int64)
+    for window in raw_windows(work, unit):
+        inside = wanted - window.start
+        if inside[0] >= window.raw.num_rows:
+            continue
+        encoded, _, _ = encode_rows(signals.task.encode, window.raw.take(pa.array(inside)))
+        if run and encoded is not None:
+            try:
+                signals([signals.task.collate(encoded)], lambda _: None)
+            except DeviceLost:
+                raise
+            except Exception as error:
+                log.debug("trial of %d rows raised %s", len(rows), error)
+        return
 
 
 class _Scoring:
@@ -176,23 +173,37 @@ class _Scoring:
     ) -> list[Piece]:
         """Store what went well; return the pieces to try again, smaller."""
         again: list[Piece] = []
+        good: list[tuple[Piece, Reading]] = []
         for piece, outcome in zip(group, found, strict=True):
-            positions = window.positions[piece.rows]
-            if isinstance(outcome, Exception):
-                if len(piece.rows) == 1:
-                    self._fail(positions[0], _said(outcome))
-                    continue
+            if not isinstance(outcome, Exception):
+                good.append((piece, outcome))
+            elif len(piece.rows) == 1:
+                self._fail(window.positions[piece.rows[0]], said(outcome))
+            else:
                 if isinstance(outcome, OutOfMemory):
                     self.splits.append([piece.key, len(piece.rows)])
                     log.warning("batch %s is split: %s", piece.key, outcome)
                 again += _halves(piece)
+        return again + self._store(window, good)
+
+    def _store(self, window: Window, good: list[tuple[Piece, Reading]]) -> list[Piece]:
+        """Store finite scores; return pieces that set rows apart whose scores are not."""
+        if not good:
+            return []
+        again: list[Piece] = []
+        rows = np.concatenate([window.positions[piece.rows] for piece, _ in good])
+        together = {s: torch.cat([reading[s] for _, reading in good], 1) for s in good[0][1]}
+        bad_rows = self.scores.fill(rows, together)
+        edges = np.cumsum([len(piece.rows) for piece, _ in good])[:-1]
+        for (piece, reading), bad in zip(good, np.split(bad_rows, edges), strict=True):
+            if not bad.any():
                 continue
-            bad = self.scores.fill(positions, outcome)
-            if bad.any() and len(piece.rows) == 1:
-                self._fail(positions[0], self.scores.why_not_finite(outcome))
+            if len(piece.rows) == 1:
+                position = window.positions[piece.rows[0]]
+                self._fail(position, self.scores.why_not_finite(reading))
             elif bad.all():
                 again += _halves(piece)
-            elif bad.any():  # the rest again: what is not finite may have touched its neighbours
+            else:  # the rest again: what is not finite may have touched its neighbours
                 again.append(Piece(piece.key, piece.rows[~bad]))
                 again += [Piece(piece.key, row[None]) for row in piece.rows[bad]]
         return again
@@ -214,98 +225,6 @@ def too_many(work: Work, unit: Unit, errors: dict[int, str]) -> str:
     )
 
 
-def encode_rows(
-    encode: Callable[[pa.Table], pa.Table], rows: pa.Table
-) -> tuple[pa.Table | None, np.ndarray, dict[int, str]]:
-    """Return the rows that can be encoded, which they are, and why the others cannot."""
-    good: list[pa.Table] = []
-    indices: list[np.ndarray] = []
-    errors: dict[int, str] = {}
-
-    def try_range(start: int, stop: int) -> None:
-        try:
-            encoded = encode(rows.slice(start, stop - start))
-            assert encoded.num_rows == stop - start, "encode gives one row for each"
-        except Exception as error:  # a row's fault until one row is left
-            if stop - start == 1:
-                errors[start] = _said(error)
-                return
-            middle = (start + stop) // 2
-            try_range(start, middle)
-            try_range(middle, stop)
-        else:
-            good.append(encoded)
-            indices.append(np.arange(start, stop))
-
-    if rows.num_rows:
-        try_range(0, rows.num_rows)
-    if not good:
-        return None, np.zeros(0, dtype=np.int64), errors
-    table = pa.concat_tables(good, promote_options="default").combine_chunks()
-    return table, np.concatenate(indices), errors
-
-
-def _windows(work: Work, unit: Unit, signals: SignalPass, ledger: Ledger) -> Iterator[Window]:
-    """Yield the unit's windows, encoded where a model will see them."""
-    raws = _raw_windows(work, unit)
-    start = 0
-    for number in itertools.count():
-        ledger.step("encode", str(number))
-        raw = next(raws, None)
-        if raw is None:
-            break
-        window = Window(number, start, raw)
-        if signals.wanted:
-            rows = list(range(start, start + raw.num_rows))
-            encode_window(window, signals, ledger.groups("encode", str(number), rows))
-        ledger.step("encode", None)
-        yield window
-        start += raw.num_rows
-    ledger.step("encode", None)
-    assert start == unit.rows or not work.columns, "the corpus gave fewer rows than planned"
-
-
-def encode_window(window: Window, signals: SignalPass, groups: Groups) -> None:
-    """Encode the window's rows but those that are known to kill."""
-    lethal = {p: reason for rows, reason in groups if reason is not None for p in rows}
-    window.errors.update(lethal)
-    n = window.raw.num_rows
-    allowed = np.array([i for i in range(n) if window.start + i not in lethal], dtype=np.int64)
-    rows = window.raw.take(pa.array(allowed)) if lethal else window.raw
-    window.encoded, good, errors = encode_rows(signals.task.encode, rows)
-    window.positions = window.start + allowed[good]
-    window.errors.update({window.start + int(allowed[i]): why for i, why in errors.items()})
-
-
-def _raw_windows(work: Work, unit: Unit) -> Iterator[pa.Table]:
-    """Yield tables of `window_rows` rows, whatever blocks and shards they come from."""
-    columns = work.columns
-    if not columns:
-        return
-    size = work.plan.window_rows
-    waiting: list[pa.RecordBatch] = []
-    held = 0
-    for span in unit.spans:
-        for batch in work.corpus.read(span.shard, span.start, span.rows, columns, size):
-            while held + batch.num_rows >= size:
-                yield pa.Table.from_batches([*waiting, batch.slice(0, size - held)])
-                batch, waiting, held = batch.slice(size - held), [], 0
-            waiting.append(batch)
-            held += batch.num_rows
-    if held:
-        yield pa.Table.from_batches(waiting)
-
-
-def _ahead(windows: Iterator[Window], threads: int) -> Iterator[Window]:
-    """Yield the windows while the next one is made ready in a thread."""
-    ready = partial(torch.set_num_threads, threads)
-    with ThreadPoolExecutor(1, "curate-read", initializer=ready) as pool:
-        coming = pool.submit(next, windows, None)
-        while (window := coming.result()) is not None:
-            coming = pool.submit(next, windows, None)
-            yield window
-
-
 def _kept_columns(work: Work) -> list[str]:
     return list(dict.fromkeys([*work.keep, *([work.id_column] if work.id_column else [])]))
 
@@ -313,14 +232,6 @@ def _kept_columns(work: Work) -> list[str]:
 def _halves(piece: Piece) -> list[Piece]:
     middle = len(piece.rows) // 2
     return [Piece(piece.key, piece.rows[:middle]), Piece(piece.key, piece.rows[middle:])]
-
-
-def _said(error: Exception) -> str:
-    """Return one line for the `error` column."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, OutOfMemory | MemoryError):
-        return "the row alone does not fit in memory"
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def receipt(

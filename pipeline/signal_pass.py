@@ -27,7 +27,7 @@ Reading = dict[Signal, Tensor]
 """Signal -> float64 [K, B] on the CPU."""
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(MemoryError):
     """A batch did not fit. It says nothing about its rows."""
 
 
@@ -44,7 +44,7 @@ class SignalPass:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.device = torch.device(work.device)
-        self.task = task_from_description(dict(work.task))
+        self.task = task_from_description(dict(work.task), work.corpus)
         self.wanted = model_signals(work.make_scorers())
         if work.with_tokens and self.wanted:
             self.wanted |= {Signal("tokens")}

@@ -5,6 +5,7 @@ made once per run and written down; order comes from it, never from file names.
 """
 
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _spans(shard_rows: Sequence[int], unit_rows: int) -> Iterator[tuple[Span, ..
         if rows > unit_rows:
             pieces = math.ceil(rows / unit_rows)
             edges = [rows * i // pieces for i in range(pieces + 1)]
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in itertools.pairwise(edges):
                 yield (Span(shard, start, stop - start),)
         elif rows:
             gathered.append(Span(shard, 0, rows))

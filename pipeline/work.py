@@ -58,7 +58,7 @@ class Work:
         """The corpus columns to read: the task's where a model runs, the kept ones, the id."""
         names: list[str] = []
         if model_signals(self.make_scorers()):
-            task = task_from_description(dict(self.task))
+            task = task_from_description(dict(self.task), self.corpus)
             names += task.columns(self.corpus.schema).all
         names += [*self.keep, *([self.id_column] if self.id_column else [])]
         return list(dict.fromkeys(names))
