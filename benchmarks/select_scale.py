@@ -2,10 +2,10 @@
 
     python benchmarks/select_scale.py                    10 million rows, top 50 %, no ranks
     python benchmarks/select_scale.py --rows 100000000   100 million
-    python benchmarks/select_scale.py --ranked           with ranks (sorted on disk above 16 million)
+    python benchmarks/select_scale.py --ranked           with ranks, on disk above 16 million
 
-Scores are synthetic: uniform float32 made from the row number. Memory is the peak resident size of
-the process, less what it had before selecting.
+Scores are synthetic: uniform float32 made from the row number. Memory is the peak resident size
+of the process, beside what it was before selecting.
 """
 
 import argparse

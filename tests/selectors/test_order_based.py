@@ -21,7 +21,7 @@ FREE = settings(
 
 
 def stable(scores, first, eligible):
-    """Positions of eligible rows, best first, equal scores in order: what selectors must agree with."""
+    """Positions of eligible rows, best first, equal scores in row order: the oracle."""
     values = np.array([np.nan if s is None else s for s in scores], dtype=np.float32)
     key = values if first == "low" else -values
     rows = [i for i in range(len(values)) if eligible[i] and not np.isnan(values[i])]
