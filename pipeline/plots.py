@@ -26,6 +26,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "svg.fonttype": "none",
 }
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 BINS = 40
 MAX_CLASSES = 40
 
@@ -83,8 +84,7 @@ def class_balance(before: Mapping[str, float], after: Mapping[str, Mapping[str, 
 
     Beyond MAX_CLASSES the largest are drawn.
     """
-    classes = sorted(before, key=lambda name: (-before[name], name))[:MAX_CLASSES]
-    classes.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+    classes = by_size(before)
     series = {"corpus": before, **after}
     shades = [GREY, BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280"]
     width = 0.8 / len(series)
@@ -105,6 +105,12 @@ def class_balance(before: Mapping[str, float], after: Mapping[str, Mapping[str, 
         bbox_to_anchor=(1.0, 1.0),
     )
     return _svg(figure, "balance")
+
+
+def by_size(classes: Mapping[str, float]) -> list[str]:
+    """Return the MAX_CLASSES largest classes, in the order of their names (numbers as numbers)."""
+    largest = sorted(classes, key=lambda name: (-classes[name], name))[:MAX_CLASSES]
+    return sorted(largest, key=lambda name: (not name.isdigit(), len(name) * name.isdigit(), name))
 
 
 def accuracy(bars: Sequence[Bar], metric: str) -> str:
@@ -150,6 +156,6 @@ def _svg(figure: Figure, salt: str) -> str:
     """Return the drawing, the same bytes every time; the salt keeps ids apart in one page."""
     out = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
-        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(out, format="svg", metadata=NO_METADATA, transparent=True)
     text = out.getvalue()
     return text[text.index("<svg") :]

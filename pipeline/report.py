@@ -56,8 +56,6 @@ def write_report(run: str | Path, out: str | Path | None = None) -> str:
 
 def sections(run: RunFolder) -> Iterator[str]:
     """Yield the report's sections as HTML, those for which the run has something to show."""
-    for evaluation in run.evaluations:
-        yield accuracy(evaluation)
     yield what_ran(run)
     if run.scores is not None:
         names = list(run.scores.scorers)
@@ -167,7 +165,9 @@ def errors(scores: ScoreTable) -> str:
     if more > 0:
         blocks.append(paragraph(f"{more:,} more are in {scores.path}/errors.parquet.", "soft"))
     if quarantined:
-        blocks.append(paragraph(f"Quarantined units: {', '.join(map(str, quarantined))}."))
+        said = f"{len(quarantined)} units killed their worker time and again and were given up."
+        units = [[unit["name"], unit["reason"]] for unit in quarantined]
+        blocks += [paragraph(said), table(["unit", "why"], units)]
     return section("Errors", *blocks)
 
 

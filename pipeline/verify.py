@@ -14,7 +14,13 @@ from curate.pipeline.corpus import Corpus, open_corpus
 from curate.pipeline.layout import Kind, kind_of
 from curate.pipeline.manifest import Manifest
 from curate.pipeline.run_folder import RunFolder
-from curate.pipeline.score_table import ScoreTable, digest_of_parts, part_name, read_receipt
+from curate.pipeline.score_table import (
+    SUCCESS,
+    ScoreTable,
+    digest_of_parts,
+    part_name,
+    read_receipt,
+)
 
 log = logging.getLogger("curate.verify")
 P = ParamSpec("P")
@@ -98,6 +104,8 @@ def _verify_scores(table: ScoreTable, findings: Findings) -> None:
 def _part(table: ScoreTable, name: str, unit: int, sums: dict[str, str]) -> str | None:
     """Compare a part with its receipt, and note its sha256."""
     sums[name] = hashlib.sha256(table.folder.read(name)).hexdigest()
+    if sums[name] != table.success["parts"][name]:
+        return f"{table.path}/{name} was changed after the run ended: another sha256"
     receipt = read_receipt(table.folder, unit)
     if receipt["run"] != table.meta["run"] or receipt["unit"] != unit:
         return f"{table.path}/{name} belongs to another run"
@@ -111,7 +119,7 @@ def _part(table: ScoreTable, name: str, unit: int, sums: dict[str, str]) -> str 
 def _parts(table: ScoreTable, sums: dict[str, str]) -> str | None:
     if digest_of_parts(sums) == table.success["digest"]:
         return None
-    return f"a part of {table.path} was changed after the run ended: the digest differs"
+    return f"the parts of {table.path} do not give the digest in {SUCCESS}"
 
 
 def _checkpoint(entry: dict[str, Any]) -> str | None:
