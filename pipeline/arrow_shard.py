@@ -57,11 +57,10 @@ class ArrowReader:
         self._source.close()
 
     def _open(
-        self, columns: list[str] | None = None
+        self, fields: list[int] | None = None
     ) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:
-        """Return a reader from the start that loads only these columns."""
+        """Return a reader from the start that loads only the columns at these places."""
         self._source.seek(0)
-        fields = None if columns is None else [self.schema.get_field_index(c) for c in columns]
         options = ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         open_it = ipc.open_file if self._is_file else ipc.open_stream
         return open_it(self._source, options=options)
@@ -71,7 +70,8 @@ class ArrowReader:
             self._source.seek(int(self.hint.offsets[block]))
             return ipc.read_record_batch(ipc.read_message(self._source), self.schema)
         if columns != self._columns or (not self._is_file and self._next != block):
-            self._reader, self._columns, self._next = self._open(columns), columns, 0
+            fields = [self.schema.get_field_index(c) for c in columns]
+            self._reader, self._columns, self._next = self._open(fields), columns, 0
         if self._is_file:
             return self._reader.get_batch(block)
         while self._next < block:  # dictionaries must be met in order
@@ -102,11 +102,10 @@ class ArrowReader:
             return ArrowHint(starts)
         return ArrowHint(starts, np.array(offsets, dtype=np.int64))
 
-    def _cheapest(self) -> list[str] | None:
-        """Return the column whose batches cost least to load, to count rows with."""
-        if not self.schema.names:
-            return None
-        return [min(self.schema, key=lambda field: _bits(field.type)).name]
+    def _cheapest(self) -> list[int] | None:
+        """Return the place of the column that costs least to load, to count rows with."""
+        bits = [_bits(field.type) for field in self.schema]
+        return [bits.index(min(bits))] if bits else None
 
 
 def _bits(kind: pa.DataType) -> int:

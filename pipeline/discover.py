@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curate.pipeline.fingerprint import FileState, file_state, state_of_entry
+from fsspec.implementations.arrow import ArrowFSWrapper
+
+from curate.pipeline.fingerprint import FileState, file_state, pool, state_of_entry
 from curate.pipeline.formats import ENDINGS, format_of, sniff_format
 from curate.pipeline.storage import absolute, filesystem, is_url, join, split_url
 
@@ -150,9 +152,8 @@ def _found_remote(uri: str, split: str | None) -> Found:
     try:
         fs.invalidate_cache()
         if fs.isfile(path):
-            state = state_of_entry(fs.info(path))
             folder, _, name = body.rpartition("/")
-            return _ordered(uri, folder + tail, {name: state})
+            return _ordered(uri, folder + tail, {name: file_state(uri)})
         look = fs.glob if glob.has_magic(path) else fs.find
         entries = look(path, detail=True)
     except FileNotFoundError:
@@ -162,15 +163,16 @@ def _found_remote(uri: str, split: str | None) -> Found:
         raise ValueError(f"cannot list {uri}: {said}; check the address and access") from None
     base = filesystem(root)[1].rstrip("/")
     below = {name[len(base) :].lstrip("/"): entry for name, entry in entries.items()}
-    return _ordered(
-        uri,
-        root,
-        {
-            name: state_of_entry(entry)
-            for name, entry in below.items()
-            if entry["type"] == "file" and _is_visible(name) and format_of(name)
-        },
-    )
+    files = {
+        name: entry
+        for name, entry in below.items()
+        if entry["type"] == "file" and _is_visible(name) and format_of(name)
+    }
+    if isinstance(fs, ArrowFSWrapper):
+        with pool() as threads:
+            states = threads.map(file_state, [join(root, name) for name in files])
+            return _ordered(uri, root, dict(zip(files, states, strict=True)))
+    return _ordered(uri, root, {name: state_of_entry(entry) for name, entry in files.items()})
 
 
 def _of_files(

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from fsspec.implementations.arrow import ArrowFSWrapper
+
 from curate.pipeline.storage import filesystem, is_url, open_binary
 
 WHOLE_BYTES = 1 << 30
@@ -43,7 +45,11 @@ def file_state(url: str) -> FileState:
         return FileState(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}")
     fs, path = filesystem(url)
     fs.invalidate_cache()  # a listing kept since the last look would hide a change
-    return state_of_entry(fs.info(path))
+    entry = fs.info(path)
+    if isinstance(fs, ArrowFSWrapper):
+        with fs.fs.open_input_stream(path) as stream:  # its listings leave the ETag out
+            entry["ETag"] = (stream.metadata() or {}).get("ETag", b"").decode()
+    return state_of_entry(entry)
 
 
 def state_of_entry(entry: dict[str, Any]) -> FileState:

@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -106,9 +105,6 @@ class Folder:
 
     def __hash__(self) -> int:
         return hash(self.uri)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "is_remote": self.is_remote}  # file systems are found again
 
     def child(self, name: str) -> "Folder":
         """Return the folder of that name inside this one; it need not exist."""
@@ -208,9 +204,9 @@ class Folder:
         """Return the file's path or URL as a user would write it."""
         return join(self.uri, name)
 
-    @cached_property
+    @property
     def _place(self) -> tuple[Any, str]:
-        return filesystem(self.uri)
+        return filesystem(self.uri)  # fsspec keeps one for each process: they survive no fork
 
     @property
     def _fs(self) -> Any:

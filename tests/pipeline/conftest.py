@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store_endpoint() -> Iterator[str]:
     """An S3 emulator on a free port of this machine."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
@@ -28,6 +28,7 @@ def object_store(store_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(key, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     fsspec.filesystem("s3").mkdir(bucket)
     return f"s3://{bucket}"
