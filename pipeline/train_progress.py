@@ -1,8 +1,11 @@
 """How training is seen while it runs: a bar on a terminal, a log line now and then elsewhere."""
 
+import itertools
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 LOG_EVERY_S = 10.0
@@ -23,6 +26,21 @@ def train_progress(name: str, steps: int, wanted: bool = True) -> Progress:
     if wanted and sys.stderr.isatty():
         return _Bar(name, steps)
     return _Lines(name, steps, LOG_EVERY_S if wanted else float("inf"))
+
+
+@contextmanager
+def evaluation_progress(trainings: int, wanted: bool = True) -> Iterator[Callable[[str], None]]:
+    """Give a function that shows one more training as done, with what came out."""
+    if not (wanted and sys.stderr.isatty()):
+        done = itertools.count(1)
+        yield lambda said: log.info("%s (%d of %d trainings)", said, next(done), trainings)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+    with RichProgress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=trainings)
+        yield lambda said: bar.update(task, advance=1, description=said)
 
 
 class _Lines:
