@@ -186,7 +186,7 @@ def _ordered(
 ) -> Found:
     names = tuple(sorted(states))
     if not names:
-        exists = _exists(uri) or glob.has_magic(uri)
+        exists = _exists(uri) or glob.has_magic(split_url(uri)[0])
         said = "holds no file to read" if exists else "does not exist or is empty"
         raise ValueError(f"{uri} {said}; a corpus has files like {READABLE}")
     forms: dict[str, str] = {}
