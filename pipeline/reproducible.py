@@ -49,4 +49,8 @@ def seed_all(*words: int | str) -> None:
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     random.seed(digest)
     np.random.seed(int.from_bytes(digest[8:12]))
-    torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+    # torch.manual_seed would queue calls with stack traces for devices that are not in use: 0.3 ms.
+    number = int.from_bytes(digest[:8]) >> 1
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(number)
