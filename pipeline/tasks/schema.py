@@ -132,4 +132,4 @@ def sample(corpus: Corpus, columns: Sequence[str], rows: int = 512, shards: int 
 
 def _may_be_label(schema: pa.Schema, name: str) -> bool:
     kind = storage_type(schema.field(name).type)
-    return bool(is_number(kind) or is_string(kind))
+    return bool(is_number(kind) or is_string(kind) or pt.is_null(kind))
