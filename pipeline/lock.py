@@ -84,7 +84,7 @@ class RunLock:
         if not holder:
             return False
         if holder["host"] == _host():
-            return process_start(holder["pid"]) == holder["start"]
+            return bool(process_start(holder["pid"]) == holder["start"])
         patience_s = MISSED_BEATS * holder["beat_s"]
         if time.time() - holder["beat"] < patience_s:
             return True

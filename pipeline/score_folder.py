@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from curate.pipeline.attempts import FOLDER as ATTEMPTS
 from curate.pipeline.attempts import LETHAL
+from curate.pipeline.commit import TMP
 from curate.pipeline.corpus import Corpus
 from curate.pipeline.lock import LOCK
 from curate.pipeline.score_rows import ScoreRows
@@ -30,7 +31,7 @@ from curate.pipeline.score_table import (
     write_part,
 )
 from curate.pipeline.score_unit import receipt
-from curate.pipeline.storage import TMP, Folder, canonical_json
+from curate.pipeline.storage import Folder, canonical_json
 from curate.pipeline.units import Unit
 from curate.pipeline.work import Work
 

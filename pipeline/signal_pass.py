@@ -5,6 +5,7 @@ Shapes: K checkpoints (all seeds), B rows of a batch.
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -79,7 +80,7 @@ class SignalPass:
             EngineError: the engine, not the batch, is at fault.
             DeviceLost: the device needs a new process.
         """
-        moved: list[Batch | Exception] = [_guarded(lambda b=b: b.to(self.device)) for b in batches]
+        moved = [_guarded(partial(batch.to, self.device)) for batch in batches]
         found: list[list[dict[Signal, Tensor]] | Exception] = [
             b if isinstance(b, Exception) else [] for b in moved
         ]
@@ -90,7 +91,7 @@ class SignalPass:
                 if isinstance(so_far, Exception) or isinstance(batch, Exception):
                     continue
                 begin(i)
-                reading = _guarded(lambda e=engine, b=batch: e(b))
+                reading = _guarded(partial(engine, batch))
                 if isinstance(reading, Exception):
                     found[i] = reading
                 else:
@@ -146,7 +147,8 @@ class SignalPass:
         for signal in self.wanted:
             columns = [torch.stack([at[signal].float() for at in batch]) for batch in good]
             sizes = [c.shape[1] for c in columns]
-            signals[signal] = list(torch.cat(columns, 1).double().cpu().split(sizes, dim=1))
+            together = torch.cat(columns, 1).double().cpu()
+            signals[signal] = list(torch.split(together, sizes, dim=1))
         readings = iter(
             {signal: columns[j] for signal, columns in signals.items()} for j in range(len(good))
         )

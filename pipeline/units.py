@@ -94,8 +94,8 @@ def plan_units(shard_rows: Sequence[int], unit_rows: int) -> list[Unit]:
 def write_units(folder: Folder, units: Sequence[Unit]) -> None:
     """Write the plan unless there is one: it never changes within a run."""
     lines = [(u.number, s.shard, s.start, s.rows) for u in units for s in u.spans]
-    columns = list(zip(*lines, strict=True)) or [[] for _ in UNIT_FIELDS]
-    table = pa.table(list(columns), schema=pa.schema(UNIT_FIELDS))
+    columns = [list(column) for column in zip(*lines, strict=True)]
+    table = pa.table(columns, schema=pa.schema(UNIT_FIELDS))
     folder.create(UNITS, parquet_bytes(table))
 
 
