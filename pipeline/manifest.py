@@ -76,8 +76,7 @@ def write_manifest(folder: Folder, content: dict[str, Any]) -> None:
     """Write `manifest.json`, which makes the selection whole; the parts are there already."""
     missing = KEYS - content.keys() - {"format", "version"}
     assert not missing, f"a manifest without {sorted(missing)}"
-    whole = {"format": FORMAT, "version": VERSION, **content}
-    folder.replace(NAME, canonical_json(whole))
+    folder.replace(NAME, canonical_json({**content, "format": FORMAT, "version": VERSION}))
 
 
 KEYS = frozenset("format version corpus selection weight_kind schedule groups scores files".split())

@@ -79,7 +79,7 @@ def test_five_million_rows_in_a_few_scans_and_little_memory(name, params, most_s
     assert len(table.scans) <= most_scans
     # Hashed keys fill all 65 536 bins of every group; 24 bytes each, a few times while merging.
     # One float per row would be 20 MB, the three columns 80 MB.
-    limit = {"top": 30e6, "threshold": 30e6, "random": 45e6, "balanced": 45e6}.get(name, 90e6)
+    limit = 90e6 if name == "stratified" else 45e6
     assert peak < limit, f"{peak / 1e6:.0f} MB"
 
 
