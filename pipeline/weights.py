@@ -99,7 +99,7 @@ def _refuse_misfit(folder: str, state: dict[str, Tensor], shapes: dict[str, list
     present = {leaders[name] for name in shapes if name in state}
     missing = [name for name, leader in leaders.items() if leader == name and name not in present]
     unknown = [name for name in shapes if name not in state]
-    wrong = [n for n in shapes if n in state and shapes[n] != list(state[n].shape)]
+    wrong = [n for n in state if n in shapes and shapes[n] != list(state[n].shape)]
     said = []
     if missing:
         said.append(f"the model's {_few(missing)} are not in the file")

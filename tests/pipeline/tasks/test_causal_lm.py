@@ -211,7 +211,7 @@ def test_a_corpus_of_another_kind_is_refused(corpus: Write) -> None:
     text = make_task("causal_lm", corpus({"text": ["a dog"]}), model="gpt")
     with pytest.raises(ValueError, match="reads column 'text', but the corpus has words"):
         text.columns(pa.schema([("words", pa.string())]))
-    with pytest.raises(ValueError, match="holds list<.*>, not text"):
+    with pytest.raises(ValueError, match=r"holds list<.*>, not text"):
         text.columns(pa.schema([("text", pa.list_(pa.int32()))]))
     with pytest.raises(ValueError, match="row_loss is 'mean' or 'sum'"):
         make_task("causal_lm", corpus({"text": ["a dog"]}), row_loss="median")

@@ -184,7 +184,7 @@ def test_a_users_mistake_is_named(
 
 def test_a_file_that_does_not_import_is_named(tmp_path: Path, corpus: Write) -> None:
     opened = corpus({"number": [4]})
-    with pytest.raises(ValueError, match="no file gone.py"):
+    with pytest.raises(ValueError, match=r"no file gone\.py"):
         make_task("gone.py:Task", opened)
     (tmp_path / "bad.py").write_text("import no_such_module")
     with pytest.raises(ValueError, match="cannot be imported: ModuleNotFoundError"):
