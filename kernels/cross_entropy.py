@@ -81,18 +81,17 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         flat, target = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        loss, e_y, lse = torch.zeros(
-            3, target.numel(), dtype=_float_of(logits), device=logits.device
-        )
+        zeros = torch.zeros(3, target.numel(), dtype=_float_of(logits), device=logits.device)
+        loss, e_y, lse = zeros.unbind()
         for rows in _chunks(flat):
             z, y = _others(flat[rows], target[rows])
             z_y = flat[rows].gather(-1, y[:, None]).squeeze(-1).to(z.dtype)
             loss[rows], e_y[rows], lse[rows] = _finish(z, z.amax(-1), z_y)
         ctx.save_for_backward(logits, targets, e_y, lse)
-        return loss.masked_fill_(target == IGNORE, 0.0).reshape(targets.shape)
+        return loss.masked_fill(target == IGNORE, 0.0).reshape(targets.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, targets, e_y, lse = ctx.saved_tensors
         flat, target = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)

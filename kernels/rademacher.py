@@ -1,0 +1,64 @@
+"""Random signs from a counter: the same on every device, none of them ever stored.
+
+The sign of coordinate (r, c) in output j of stream (seed, name, side) is bit j % 32 of
+
+    word(r, c, w) = F(F((F(c ^ key0) + r * 0x9E3779B1) ^ key1) + w * 0x85EBCA77),   w = j // 32
+
+(1 -> +1, 0 -> -1), with F murmur3's 32-bit finaliser (Appleby, MurmurHash3, public domain):
+
+    h ^= h >> 16;  h *= 0x85EBCA6B;  h ^= h >> 13;  h *= 0xC2B2AE35;  h ^= h >> 16
+
+all modulo 2^32, and (key0, key1) the two little-endian 32-bit words of
+blake2b("curate\\0<seed>\\0<side>\\0<name>", 8 bytes). One word serves 32 outputs.
+"""
+
+from hashlib import blake2b
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Side = Literal["rows", "columns", "whole"]
+_MASK = 0xFFFFFFFF
+
+
+class Key(NamedTuple):
+    """A stream of signs."""
+
+    key0: int
+    key1: int
+
+
+def stream_key(seed: int, name: str, side: Side) -> Key:
+    """Return the stream of one side of one parameter: `rows`, `columns`, or the `whole` of it."""
+    digest = blake2b(f"curate\0{seed}\0{side}\0{name}".encode(), digest_size=8).digest()
+    return Key(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
+
+
+def signs(
+    key: Key,
+    columns: Int[Tensor, " n"],
+    k: int,
+    *,
+    rows: Int[Tensor, " n"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "n k"]:
+    """Return the k signs (+1 or -1) of each coordinate (row, column); rows default to 0."""
+    words = torch.arange((k + 31) // 32, device=columns.device)
+    h = _finalise(columns.long() ^ key.key0)
+    if rows is not None:
+        h = (h + rows.long() * 0x9E3779B1) & _MASK
+    h = _finalise(h ^ key.key1)
+    word = _finalise((h[:, None] + words * 0x85EBCA77) & _MASK)
+    bits = word[:, :, None] >> torch.arange(32, device=columns.device) & 1
+    return bits.flatten(1)[:, :k].to(dtype).mul_(2).sub_(1)
+
+
+def _finalise(h: Tensor) -> Tensor:
+    """Murmur3's finaliser on values in [0, 2^32); int64 products wrap, their low 32 bits hold."""
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & _MASK
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & _MASK
+    return h ^ (h >> 16)

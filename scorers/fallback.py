@@ -1,0 +1,247 @@
+"""Per-row gradients of what has no factors: through `torch.func`, or one row at a time.
+
+The module that owns a parameter is caught in the main pass with its inputs and the gradients of
+its outputs. Afterwards it is run again, alone, on one row after the other or on many at once under
+`vmap`; a row's gradient is then the vector-Jacobian product of its own outputs. Exact wherever the
+module's inputs and outputs carry everything that joins it to the loss, which the probe checks.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from curate.kernels.grad_norm import SCRATCH
+from curate.scorers.parts import Full, Gradient
+from curate.scorers.plan import CallAxes
+from curate.scorers.prepared import canonical_name
+from curate.scorers.rows import count_rows, select_rows
+from curate.scorers.taps import Replan, anchored
+
+Consume = Callable[[Gradient], None]
+
+
+@dataclass
+class Caught:
+    """One call of a module: its inputs as they were, and the gradients of its outputs."""
+
+    inputs: list[Any]
+    spec: TreeSpec
+    grads: dict[int, Tensor]
+    """By position among the output's tensors."""
+
+
+class Catcher:
+    """Catches the calls of some modules during the main pass."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], anchor: Tensor) -> None:
+        found = {canonical_name(name): m for name, m in model.named_modules()}
+        self.modules = {name: found[name] for name in names}
+        self.calls: dict[str, list[Caught]] = defaultdict(list)
+        self._anchor = anchor
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handles = []
+        for name, module in self.modules.items():
+            enter, leave = partial(self._enter, name), partial(self._leave, name)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        leaves, spec = tree_flatten((args, kwargs))
+        # Copies: the model may overwrite its activations before we come back to them.
+        kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        self.calls[name].append(Caught(kept, spec, {}))
+
+    def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        caught, at = self.calls[name][-1], 0
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf.is_floating_point():
+                # A clone: an output may be one of the inputs, or a view.
+                leaf = leaf if leaf.requires_grad else anchored(leaf.clone(), self._anchor)
+                leaf.register_hook(partial(caught.grads.__setitem__, at))  # type: ignore[no-untyped-call]
+                leaves[i] = leaf
+            at += 1
+        return tree_unflatten(leaves, spec)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Gives the gradients of some parameters of a caught module, some rows at a time."""
+
+    model: nn.Module
+    module: str
+    catcher: Catcher
+    axes: CallAxes
+    params: Mapping[str, Tensor]
+    rows: int
+    row_ids: Tensor | None
+    consume: Consume
+
+    def by_rows(self) -> None:
+        """Loop over the rows with plain autograd."""
+        self._in_chunks(lambda index: [torch.stack(g) for g in zip(*(
+            self._row(index[row]) for row in range(len(index))), strict=True)])  # fmt: skip
+
+    def by_vmap(self) -> None:
+        """Take many rows at once under `vmap`.
+
+        Raises:
+            Replan: the module does something that `torch.func` cannot.
+        """
+        try:
+            self._in_chunks(self._many)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise Replan(f"vmap over {self.module!r} failed: {reason}", self.params) from None
+
+    def _in_chunks(self, gradients: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        """Deliver [B, ...] to the consumer, made from chunks that keep the scratch bounded."""
+        numel = sum(p.numel() for p in self.params.values())
+        step = max(1, 4 * SCRATCH // max(1, numel))
+        device = next(iter(self.params.values())).device
+        if self.row_ids is None:
+            sequences = list(torch.arange(self.rows, device=device)[:, None])
+        else:
+            sequences = [(self.row_ids == r).nonzero().flatten() for r in range(self.rows)]
+        for start in range(0, self.rows, step):
+            grads = gradients(sequences[start : start + step])
+            for (name, p), grad in zip(self.params.items(), grads, strict=True):
+                self.consume(Gradient(name, p.shape, full=Full(grad)))
+
+    def _row(self, index: Tensor) -> list[Tensor]:
+        module, params = self.catcher.modules[self.module], list(self.params.values())
+        total = [torch.zeros_like(p) for p in params]
+        for call in self.catcher.calls[self.module]:
+            if not call.grads:
+                continue
+            args, kwargs = tree_unflatten(self._slice(call, index), call.spec)
+            with _differentiable(params):
+                outputs = _tensors(module(*args, **kwargs))
+                pairs = [(outputs[i], self._grad(call, i, index)) for i in call.grads]
+                pairs = [(o, g) for o, g in pairs if o.requires_grad]
+                if not pairs:
+                    continue
+                outs, seeds = zip(*pairs, strict=True)
+                grads = torch.autograd.grad(outs, params, seeds, allow_unused=True)
+            for t, g in zip(total, grads, strict=True):
+                if g is not None:
+                    t += g
+        return total
+
+    def _many(self, rows: list[Tensor]) -> list[Tensor]:
+        module, index = self.catcher.modules[self.module], torch.cat(rows)
+        local = {canonical_name(n): p for n, p in module.named_parameters(remove_duplicate=False)}
+        own = {id(p): n for n, p in local.items()}
+        params = {own[id(p)]: p.detach() for p in self.params.values()}
+        total = [p.new_zeros(len(rows), *p.shape) for p in self.params.values()]
+        owner = torch.repeat_interleave(
+            torch.arange(len(rows), device=index.device),
+            torch.tensor([len(r) for r in rows], device=index.device),
+        )
+        for call in self.catcher.calls[self.module]:
+            if not call.grads:
+                continue
+            inputs = self._slice(call, index)
+            axes = self._input_axes(call)
+            seeds = [self._grad(call, i, index) for i in call.grads]
+
+            def one(
+                tensors: tuple[Tensor, ...], seed: tuple[Tensor, ...], call: Caught = call,
+                inputs: list[Any] = inputs, axes: list[int | None] = axes,
+            ) -> dict[str, Tensor]:  # fmt: skip
+                given = iter(tensors)
+                leaves = [x if a is None else next(given).unsqueeze(a)
+                          for x, a in zip(inputs, axes, strict=True)]  # fmt: skip
+                args, kwargs = tree_unflatten(leaves, call.spec)
+
+                def forward(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+                    outputs = _tensors(functional_call(module, p, args, kwargs))
+                    return tuple(outputs[i] for i in call.grads)
+
+                outs, pull = vjp(forward, params)
+                seed = tuple(s.reshape(o.shape) for s, o in zip(seed, outs, strict=True))
+                grads: dict[str, Tensor] = pull(seed)[0]
+                return grads
+
+            mapped = tuple(x for x, a in zip(inputs, axes, strict=True) if a is not None)
+            in_axes = tuple(a for a in axes if a is not None)
+            seed_axes = tuple(self.axes.outputs[i] for i in call.grads)
+            grads = vmap(one, in_dims=(in_axes, seed_axes))(mapped, tuple(seeds))
+            for t, name in zip(total, params, strict=True):
+                t.index_add_(0, owner, grads[name])
+        return total
+
+    def _input_axes(self, call: Caught) -> list[int | None]:
+        """Return the row axis of every input leaf, None for what is shared or no tensor."""
+        tensors = sum(isinstance(x, Tensor) for x in call.inputs)
+        if tensors != len(self.axes.inputs):
+            raise Replan(f"{self.module!r} got other inputs than in the probe", self.params)
+        given = iter(self.axes.inputs)
+        return [next(given) if isinstance(x, Tensor) else None for x in call.inputs]
+
+    def _slice(self, call: Caught, index: Tensor) -> list[Any]:
+        axes = self._input_axes(call)
+        return [
+            x if a is None else x.index_select(a, index)
+            for x, a in zip(call.inputs, axes, strict=True)
+        ]
+
+    def _grad(self, call: Caught, i: int, index: Tensor) -> Tensor:
+        axis = self.axes.outputs[i] if i < len(self.axes.outputs) else None
+        if axis is None:
+            raise Replan(f"an output of {self.module!r} has no row axis", self.params)
+        return call.grads[i].index_select(axis, index)
+
+
+def whole_model_rows(
+    batch: Any, loss_of: Callable[[Any], Tensor], params: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield each row's loss and gradients from a pass over that row alone: the definition."""
+    tensors = list(params.values())
+    for row in range(count_rows(batch)):
+        with _differentiable(tensors):
+            loss = loss_of(select_rows(batch, [row]))
+            if loss.requires_grad and tensors:
+                grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
+            else:
+                grads = (None,) * len(tensors)
+        zeros = (
+            torch.zeros_like(p) if g is None else g for g, p in zip(grads, tensors, strict=True)
+        )
+        yield loss.detach(), list(zeros)
+
+
+@contextmanager
+def _differentiable(params: Sequence[Tensor]) -> Iterator[None]:
+    flags = [p.requires_grad for p in params]
+    try:
+        for p in params:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, flag in zip(params, flags, strict=True):
+            p.requires_grad_(flag)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]

@@ -1,0 +1,99 @@
+"""What the logits tell about a row, and the signals of the use that made them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curate.kernels.cross_entropy import TokenStatistics, token_statistics
+from curate.kernels.grad_norm import accumulable
+from curate.scorers.parts import Dots, Full, Layout, join, sq_norm
+from curate.scorers.protocol import IGNORE, Outputs
+from curate.scorers.uses import Overwritten, Saved, Use
+
+STATISTICS = frozenset({"el2n", "entropy", "margin", "correct", "tokens"})
+
+
+def row_statistics(
+    outputs: Outputs, rows: int, row_ids: Tensor | None
+) -> dict[str, Float[Tensor, " b"]]:
+    """Return el2n, entropy, margin and correct as means over each row's target tokens, and tokens.
+
+    A row without target tokens has NaN means: there is nothing to take the mean of.
+    """
+    targets = _targets(outputs)
+    each = _token_statistics(outputs, targets)
+    mask = (targets != IGNORE).to(each.el2n.dtype)
+    tokens = per_row(mask, rows, row_ids)
+    means = {name: per_row(value, rows, row_ids) / tokens for name, value in each._asdict().items()}
+    return means | {"tokens": tokens}
+
+
+def _targets(outputs: Outputs) -> Tensor:
+    if outputs.targets is None:
+        raise ValueError("statistics of the prediction need Outputs.targets beside the loss")
+    return outputs.targets
+
+
+def _token_statistics(outputs: Outputs, targets: Tensor) -> TokenStatistics:
+    if outputs.logits is not None:
+        return token_statistics(outputs.logits, targets)
+    if outputs.hidden is None or outputs.head is None:
+        raise ValueError(
+            "statistics of the prediction need Outputs with logits (or hidden and head); "
+            "a loss function that returns only the loss has none"
+        )
+    hidden, flat = outputs.hidden.detach().flatten(0, -2), targets.flatten()
+    step = max(1, (1 << 24) // outputs.head.out_features)  # never all logits at once
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(flat), step):
+            logits = outputs.head(hidden[start : start + step])
+            parts.append(token_statistics(logits, flat[start : start + step]))
+    return TokenStatistics(*(torch.cat(p).view(targets.shape) for p in zip(*parts, strict=True)))
+
+
+def per_row(x: Tensor, rows: int, row_ids: Tensor | None) -> Float[Tensor, " b"]:
+    """Return the sum over each row's sequences and everything in them."""
+    x = x.flatten(1).sum(1) if x.dim() > 1 else x
+    return x if row_ids is None else x.new_zeros(rows).index_add_(0, row_ids, x)
+
+
+@dataclass
+class HeadWatch:
+    """Looks at the head's use: its input, and the alignment of its gradient with its weight.
+
+    weight_alignment = -<G_W, W> / (||G_W|| ||W|| + 1e-12)     (Hölzl et al. 2025, `head_alignment`)
+
+    of this use alone: where W is tied to the embedding, the embedding's share is no part of it.
+    <G_W, W> = sum_t g_t . (output_t - bias), so W itself is not multiplied again.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: int
+    row_ids: Tensor | None
+    wants_alignment: bool
+    alignment: Float[Tensor, " b"] | None = None
+    hidden: Float[Tensor, "s *t d"] | None = None
+
+    def saw(self, use: Use, out: Tensor, layout: Layout) -> None:
+        self._use, self._out, self._layout = use, Saved(out), layout
+        self.hidden = layout.rows_first(use.saved[0].get())
+
+    def grad(self, g: Tensor) -> None:
+        if not self.wants_alignment:
+            return
+        name = self._use.params["weight"].name
+        parts = self._use.parts(g, self._layout, frozenset({"weight", "bias"}))
+        gradient = join(name, self.weight.shape, [parts["weight"]], self.rows, self.row_ids)
+        try:
+            products = accumulable(g) * accumulable(self._out.get())
+            inner = per_row(self._layout.rows_first(products), self.rows, self.row_ids)
+            if self.bias is not None and isinstance(part := parts.get("bias"), Full):
+                inner = inner - per_row(part.grad * self.bias, self.rows, self.row_ids)
+        except Overwritten:  # the logits were scaled in place: multiply by W after all
+            inner = Dots({name: self.weight[None]})(gradient)[:, 0]
+        norm = torch.linalg.vector_norm(accumulable(self.weight))
+        self.alignment = -inner / (sq_norm(gradient).sqrt() * norm + 1e-12)

@@ -1,0 +1,302 @@
+"""One forward and at most one backward pass over a batch, for all the signals asked for."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from curate.kernels.grad_norm import SCRATCH, accumulable
+from curate.scorers.fallback import Catcher, Replay, whole_model_rows
+from curate.scorers.head import HeadWatch, per_row, row_statistics
+from curate.scorers.parts import Full, Gradient, Readout
+from curate.scorers.plan import Plan
+from curate.scorers.prepared import named_parameters, prepared
+from curate.scorers.protocol import Outputs
+from curate.scorers.rows import count_rows, sequences_of
+from curate.scorers.taps import Replan, Taps, Tracer, anchored
+from curate.scorers.uses import Use
+
+log = logging.getLogger("curate.engine")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is to be read off a pass."""
+
+    readouts: Mapping[str, tuple[frozenset[str], Readout]] = field(default_factory=dict)
+    """By a name of their own: the parameters each is wanted of, and what is read off them."""
+    statistics: bool = False
+    logit_norm: bool = False
+    alignment: bool = False
+    hidden: bool = False
+    input_grad: bool = False
+
+    @property
+    def params(self) -> frozenset[str]:
+        return frozenset().union(*(names for names, _ in self.readouts.values()))
+
+    @property
+    def head(self) -> bool:
+        return self.alignment or self.hidden
+
+    @property
+    def differentiates(self) -> bool:
+        return bool(self.params) or self.logit_norm or self.alignment or self.input_grad
+
+
+@dataclass
+class Harvest:
+    """What was read off a pass, everything per row."""
+
+    loss: Float[Tensor, " b"]
+    readouts: dict[str, dict[str, Tensor]]
+    """Per readout and parameter. A parameter that the loss does not depend on is absent."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    logit_norm: Float[Tensor, " b"] | None = None
+    alignment: Float[Tensor, " b"] | None = None
+    hidden: Tensor | None = None
+    targets: Tensor | None = None
+    row_ids: Tensor | None = None
+    input_grad: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Passes:
+    """Runs passes of one model by one plan."""
+
+    model: nn.Module
+    outputs: Callable[[nn.Module, Any], Outputs | Tensor]
+    plan: Plan
+
+    def run(self, batch: Any, needs: Needs) -> Harvest:
+        """Return what is needed of the batch; the plan may change where it does not hold."""
+        while True:
+            try:
+                return _Pass(self, batch, needs).run()
+            except Replan as change:
+                self.replan(change)
+
+    def replan(self, change: Replan) -> None:
+        if change.copy is not None:
+            log.info("%s: %s; a copy is kept from now on", ", ".join(change.copy[1]), change.reason)
+            self.plan.copies.add(change.copy)
+        new = self.plan.names("unused", change.names)
+        self.plan.seen_for_the_first_time(new)
+        self.plan.demote(change.names - new, change.reason)
+
+    def evaluate(self, batch: Any) -> Outputs:
+        """Return the outputs with one loss per row.
+
+        Raises:
+            ValueError: the loss is not one number per row.
+        """
+        outputs = self.outputs(self.model, batch)
+        outputs = Outputs(outputs) if isinstance(outputs, Tensor) else outputs
+        rows, shape = count_rows(batch), tuple(outputs.loss.shape)
+        if shape != (rows,):
+            raise ValueError(
+                f"the loss must be one number per row, shape ({rows},), but has shape {shape}; "
+                "use reduction='none' and average over tokens only"
+            )
+        return outputs
+
+
+class _Pass:
+    def __init__(self, passes: Passes, batch: Any, needs: Needs) -> None:
+        self.passes, self.batch, self.needs = passes, batch, needs
+        self.model, self.plan = passes.model, passes.plan
+        self.params = named_parameters(self.model)
+        self.rows = count_rows(batch)
+        self.sequences, self.row_ids = sequences_of(batch)
+        self.results: dict[str, dict[str, list[Tensor]]] = {key: {} for key in needs.readouts}
+        device = next((p.device for p in self.params.values()), torch.device("cpu"))
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.inputs: dict[str, Tensor] = {}
+        self.pointers: dict[int, str] = {}
+
+    def run(self) -> Harvest:
+        unused = self.plan.names("unused", self.needs.params)
+        # With no head to start from, the gradient at the logits is had by way of all parameters.
+        head = self.plan.head
+        everything = self.needs.logit_norm and (head is None or head.key is None)
+        free = self.params.keys() if everything else unused
+        with prepared(self.model, free):
+            if not self.needs.differentiates and not self.needs.head:
+                with torch.no_grad():
+                    outputs = self.passes.evaluate(self.batch)
+                return self._harvest(outputs)
+            outputs, taps, catcher, watch = self._forward()
+            harvest = self._harvest(outputs)
+            if self.needs.differentiates:
+                self._backward(outputs, taps, unused, harvest)
+            if watch is not None:
+                harvest.alignment = watch.alignment
+                harvest.hidden = watch.hidden
+            self._fall_back(catcher)
+        harvest.readouts = {
+            key: {name: torch.cat(parts) for name, parts in of.items()}
+            for key, of in self.results.items()
+        }
+        return harvest
+
+    def _forward(self) -> tuple[Outputs, Taps, Catcher, HeadWatch | None]:
+        paths = {name: self.plan.path(name) for name in self.needs.params}
+        analytic = self.plan.names("analytic", paths)
+        owners = {p.module for p in paths.values() if p.module is not None}
+        catcher = Catcher(self.model, sorted(owners), self.anchor)
+        watch, watched = self._head_watch(), {}
+        if self.plan.head is not None and self.plan.head.key is not None and watch is not None:
+            watched[self.plan.head.key] = watch
+        taps = Taps(
+            layouts=self.plan.layouts,
+            counts={name: self.plan.counts[name] for name in analytic},
+            absent=frozenset(self.plan.names("unused", paths)),
+            copies=frozenset(self.plan.copies),
+            shapes={name: p.shape for name, p in self.params.items()},
+            rows=self.rows,
+            sequences=self.sequences,
+            row_ids=self.row_ids,
+            anchor=self.anchor,
+            consume=self._consume,
+            watched=watched,
+            on_embedding=self._embedding if self.needs.input_grad else None,
+        )
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(catcher.listening())
+            if self.needs.input_grad:
+                stack.enter_context(self._watching_inputs())
+            stack.enter_context(Tracer(self.params, taps))
+            outputs = self.passes.evaluate(self.batch)
+        taps.check()
+        return outputs, taps, catcher, watch
+
+    def _head_watch(self) -> HeadWatch | None:
+        head = self.plan.head
+        if not (self.needs.head or self.needs.logit_norm) or head is None or head.key is None:
+            return None
+        names = head.key[1]
+        weight = self.params[names[0]].detach()
+        bias = self.params[names[1]].detach() if len(names) > 1 else None
+        return HeadWatch(weight, bias, self.rows, self.row_ids, self.needs.alignment)
+
+    def _backward(self, outputs: Outputs, taps: Taps, unused: set[str], harvest: Harvest) -> None:
+        names = sorted(unused)
+        wanted = {"anchor": self.anchor} | {name: self.params[name] for name in names}
+        if self.needs.logit_norm:
+            wanted["logits"] = _logits_of(outputs)
+        wanted |= {f"input {name}": x for name, x in self.inputs.items()}
+        grads: dict[str, Tensor | None] = dict.fromkeys(wanted)
+        if outputs.loss.requires_grad:
+            # The sum of the rows' losses: no row has a part in another's, so each sees its own.
+            values = torch.autograd.grad(
+                outputs.loss.sum(), list(wanted.values()), allow_unused=True
+            )
+            grads = dict(zip(wanted, values, strict=True))
+        taps.flush()
+        if used := {name for name in names if grads[name] is not None}:
+            raise Replan("used for the first time", used)
+        if self.needs.logit_norm:
+            harvest.logit_norm = self._norm_of(grads["logits"])
+        for name, x in self.inputs.items():
+            g = grads[f"input {name}"]
+            harvest.input_grad[name] = torch.zeros_like(x) if g is None else g
+
+    def _norm_of(self, grad: Tensor | None) -> Tensor:
+        if grad is None:
+            raise ValueError(
+                "the loss does not depend on the tensor given as Outputs.logits; "
+                "compute the loss from that very tensor"
+            )
+        return per_row(accumulable(grad).square(), self.rows, self.row_ids).sqrt()
+
+    def _harvest(self, outputs: Outputs) -> Harvest:
+        harvest = Harvest(
+            accumulable(outputs.loss.detach()), {}, targets=outputs.targets, row_ids=self.row_ids
+        )
+        if self.needs.statistics:
+            harvest.statistics = row_statistics(outputs, self.rows, self.row_ids)
+        return harvest
+
+    def _consume(self, gradient: Gradient) -> None:
+        for key, (names, read) in self.needs.readouts.items():
+            if gradient.name in names:
+                self.results[key].setdefault(gradient.name, []).append(read(gradient))
+
+    # -- the slower paths
+
+    def _fall_back(self, catcher: Catcher) -> None:
+        paths = {name: self.plan.path(name) for name in self.needs.params}
+        for path in sorted(set(paths.values()), key=str):
+            params = {name: self.params[name] for name in paths if paths[name] == path}
+            if path.kind in ("analytic", "unused"):
+                continue
+            if path.module is None:
+                self._whole(params)
+                continue
+            replay = Replay(
+                self.model, path.module, catcher, self.plan.leaf_axes[path.module],
+                params, self.rows, self.row_ids, self._consume,
+            )  # fmt: skip
+            replay.by_vmap() if path.kind == "vmap" else replay.by_rows()
+
+    def _whole(self, params: dict[str, Tensor]) -> None:
+        step = max(1, 4 * SCRATCH // max(1, sum(p.numel() for p in params.values())))
+        waiting: list[list[Tensor]] = []
+        rows = whole_model_rows(self.batch, lambda b: self.passes.evaluate(b).loss, params)
+        for row, (_, grads) in enumerate(rows, start=1):
+            waiting.append(grads)
+            if len(waiting) == step or row == self.rows:
+                stacked = [torch.stack(g) for g in zip(*waiting, strict=True)]
+                for (name, p), grad in zip(params.items(), stacked, strict=True):
+                    self._consume(Gradient(name, p.shape, full=Full(grad)))
+                waiting.clear()
+
+    # -- gradients of inputs
+
+    @contextmanager
+    def _watching_inputs(self) -> Iterator[None]:
+        """Make the model's float inputs differentiable and remember its token inputs."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self.pointers or self.inputs:
+                raise ValueError("input_grad needs a loss function that calls the model once")
+            leaves, spec = tree_flatten((args, kwargs))
+            names = [str(i) for i in range(len(tree_flatten(args)[0]))]
+            names += [str(k) for k, v in kwargs.items() for _ in tree_flatten(v)[0]]
+            for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+                if not isinstance(leaf, Tensor):
+                    continue
+                if leaf.is_floating_point():
+                    leaves[i] = self.inputs[name] = anchored(leaf.detach().clone(), self.anchor)
+                else:
+                    self.pointers[leaf.data_ptr()] = name
+            return tree_unflatten(leaves, spec)
+
+        handle = self.model.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _embedding(self, use: Use, out: Tensor) -> None:
+        name = self.pointers.pop(use.saved[0].get().data_ptr(), None)
+        if name is not None:
+            self.inputs[name] = out
+
+
+def _logits_of(outputs: Outputs) -> Tensor:
+    if outputs.logits is None:
+        raise ValueError(
+            "el2n_seq needs Outputs with the logits that the loss is computed from; "
+            "a loss function that returns only the loss has none"
+        )
+    if not outputs.logits.requires_grad:
+        raise ValueError("el2n_seq needs Outputs.logits to be the tensor the loss is computed from")
+    return outputs.logits

@@ -1,0 +1,59 @@
+"""A model made ready for scoring, and put back as it was."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile`; inside compiled code no tap would ever fire."""
+    inner = getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's or module's name as it is without `torch.compile`'s wrappers."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return each parameter once, a tied one under its first name."""
+    return {canonical_name(name): p for name, p in model.named_parameters()}
+
+
+@contextmanager
+def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator[None]:
+    """Within: evaluation mode, nothing compiled, all weights but the differentiable ones frozen.
+
+    Evaluation mode gives batch norm its running statistics, turns dropout off and leaves
+    Hugging Face's gradient checkpointing inactive. Training flags, `requires_grad` flags and
+    compiled wrappers are restored on leaving.
+    """
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and unwrapped(child) is not child
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = unwrapped(child)
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl]
+    training = [(m, m.training) for m in model.modules()]
+    needed = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        model.eval()
+        for name, p in named_parameters(model).items():
+            p.requires_grad_(name in differentiable)
+        yield
+    finally:
+        for p, flag in needed:
+            p.requires_grad_(flag)
+        for module, mode in training:
+            module.training = mode
+        for module, call in compiled:
+            module._compiled_call_impl = call
+        for parent, name, child in wrapped:
+            parent._modules[name] = child

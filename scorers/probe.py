@@ -1,0 +1,168 @@
+"""The probe: how a model's parameters are to be differentiated, found out and checked on few rows.
+
+Every parameter's squared norm on every path is compared with autograd on the row alone, and the
+batch with its reverse. What disagrees falls to its next path.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curate.kernels.grad_norm import accumulable
+from curate.scorers.discover import Recording, make_plan, record
+from curate.scorers.fallback import whole_model_rows
+from curate.scorers.parts import sq_norm
+from curate.scorers.passes import Needs, Passes
+from curate.scorers.plan import WHOLE
+from curate.scorers.prepared import named_parameters, prepared
+from curate.scorers.rows import count_rows, select_rows, sequences_of
+
+log = logging.getLogger("curate.engine")
+
+
+class EngineError(RuntimeError):
+    """No path gives a parameter's per-row gradient, or the rows depend on one another."""
+
+
+def discover(passes: Passes, names: list[str], batch: Any) -> None:
+    """Give the passes a plan for these parameters, from two and three rows of the batch."""
+    rows = probe_rows(batch)
+    runs = [rows[:2], rows, rows[::-1]]
+    with prepared(passes.model):
+        recordings = [_record(passes, select_rows(batch, r)) for r in runs]
+    passes.plan = make_plan(names, passes.model, *recordings)
+
+
+def _record(passes: Passes, batch: Any) -> Recording:
+    params = named_parameters(passes.model)
+    device = next((p.device for p in params.values()), torch.device("cpu"))
+    sequences, _ = sequences_of(batch)
+    return record(passes.model, params, lambda: passes.evaluate(batch), sequences, device)
+
+
+def probe_rows(batch: Any) -> list[int]:
+    """Return three rows from the whole of the batch; a short batch repeats some."""
+    rows = count_rows(batch)
+    return [0, rows // 2, rows - 1] if rows > 2 else [0, rows - 1, 0]
+
+
+@dataclass
+class Reference:
+    """What autograd says on each row alone."""
+
+    loss: Tensor
+    norms: dict[str, Tensor]
+
+    @property
+    def scale(self) -> Tensor:
+        """The norm of each row's whole gradient."""
+        zero = torch.zeros_like(self.loss)
+        return torch.stack([zero, *self.norms.values()]).square().sum(0).sqrt()
+
+
+def verify(passes: Passes, names: list[str], batch: Any) -> None:
+    """Check every parameter's path on three rows, and demote it until it is right.
+
+    Raises:
+        EngineError: rows depend on one another, or no path gets a parameter right.
+    """
+    rows = probe_rows(batch)
+    sub, back = select_rows(batch, rows), select_rows(batch, rows[::-1])
+    params = {n: p for n, p in named_parameters(passes.model).items() if n in names}
+    with prepared(passes.model):
+        reference = _reference(passes, sub, params)
+        again = _reference(passes, select_rows(sub, [0]), params)
+        with torch.no_grad():
+            together = accumulable(passes.evaluate(sub).loss)
+    _check_independent(passes.model, together, reference, again)
+    tolerance = _tolerance(params, reference.loss)
+    needs = Needs({"probe": (frozenset(names), sq_norm)})
+    while names:
+        forward, backward = passes.run(sub, needs), passes.run(back, needs)
+        if not _near(forward.loss, reference.loss, tolerance):
+            _withdraw_shared(passes, names)
+            continue
+        wrong = set()
+        for name in names:
+            zero = torch.zeros_like(reference.loss)
+            got = forward.readouts["probe"].get(name, zero).sqrt()
+            flipped = backward.readouts["probe"].get(name, zero).sqrt().flip(0)
+            truth = reference.norms[name]
+            # 1e-4 relative is float32 through a deep model. The absolute part is for parameters
+            # whose gradient is exactly 0 (the key biases of attention): what autograd gives there
+            # is the rounding of terms as large as the row's other gradients.
+            slack = tolerance * truth + tolerance * 1e-2 * reference.scale
+            if bool(((got - truth).abs() > slack).any() or ((flipped - truth).abs() > slack).any()):
+                wrong.add(name)
+        stuck = sorted(n for n in wrong if passes.plan.path(n) == WHOLE)
+        if stuck:
+            raise EngineError(
+                f"no way was found to get the per-row gradient of {', '.join(stuck[:5])} right: "
+                "the same row gives another gradient each time"
+            )
+        if not wrong:
+            break
+        passes.plan.demote(wrong, "disagrees with autograd on the row alone")
+    paths = {name: passes.plan.path(name) for name in names}
+    passes.plan.trusted = {p.module for p in paths.values() if p.module is not None}
+
+
+def _reference(passes: Passes, batch: Any, params: Mapping[str, Tensor]) -> Reference:
+    losses, norms = [], dict[str, list[Tensor]]((n, []) for n in params)
+    for loss, grads in whole_model_rows(batch, lambda b: passes.evaluate(b).loss, params):
+        losses.append(accumulable(loss).squeeze(0))
+        for name, grad in zip(params, grads, strict=True):
+            norms[name].append(torch.linalg.vector_norm(accumulable(grad)))
+    return Reference(torch.stack(losses), {n: torch.stack(v) for n, v in norms.items()})
+
+
+def _tolerance(params: Mapping[str, Tensor], loss: Tensor) -> float:
+    """1e-4; in half precision what its roundings allow."""
+    coarsest = max((torch.finfo(p.dtype).eps for p in params.values()), default=0.0)
+    coarsest = max(coarsest, torch.finfo(loss.dtype).eps)
+    return max(1e-4, 8 * coarsest) if coarsest > 1e-6 else 1e-4
+
+
+def _near(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    # Not-a-number rows are for the caller to report; the others must agree.
+    finite = y.isfinite()
+    return bool(((x - y).abs() <= tolerance * (1 + y.abs()))[finite].all())
+
+
+def _check_independent(
+    model: nn.Module, together: Tensor, reference: Reference, again: Reference
+) -> None:
+    tolerance = _tolerance({}, reference.loss) * 10
+    if not _near(again.loss, reference.loss[:1], tolerance):
+        raise EngineError(
+            "the same row gives another loss each time; turn off what is random in evaluation "
+            "mode (F.dropout without training=self.training, sampling)"
+        )
+    if _near(together, reference.loss, tolerance):
+        return
+    suspects = [
+        name for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None
+        and not isinstance(m, nn.modules.instancenorm._InstanceNorm)
+    ]  # fmt: skip
+    where = f" ({', '.join(suspects[:5])} takes its statistics from the batch)" if suspects else ""
+    raise EngineError(
+        f"a row's loss depends on the other rows of its batch{where}, so per-row gradients "
+        "are not defined; make the rows independent in evaluation mode"
+    )
+
+
+def _withdraw_shared(passes: Passes, names: list[str]) -> None:
+    """Demote what was spread over the rows: the model took it otherwise than we thought."""
+    shared = {k for k, layout in passes.plan.layouts.items() if layout.kind.startswith("shared")}
+    affected = {n for k in shared for n in k[1] if n in names}
+    affected = passes.plan.names("analytic", affected)
+    if not affected:
+        raise EngineError("the model gives another loss when its parameters are watched")
+    for key in shared:
+        del passes.plan.layouts[key]
+    passes.plan.demote(affected, "not used as one table shared by all rows")

@@ -1,0 +1,286 @@
+"""Taps: every use of a parameter in a forward pass, seen where it happens.
+
+A torch function mode sees each function that receives a tracked parameter, whichever module calls
+it and however: no module hook would fire for `MultiheadAttention.out_proj`, a tied weight or a bare
+parameter. The gradient of each use's output is read by a tensor hook in the backward pass, where
+the parameter's gradient is put together and dropped again.
+"""
+
+import types
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from curate.scorers.parts import Gradient, Layout, Part, join
+from curate.scorers.uses import Overwritten, Param, Use, read_alias, read_use
+
+UseKey = tuple[str, tuple[str, ...], int]
+"""Kind, parameter names, and which of such uses in this pass."""
+
+
+class Replan(Exception):
+    """The pass met something that the plan does not hold for; it is run again on a new plan."""
+
+    def __init__(self, reason: str, names: Iterable[str] = (), copy: UseKey | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.names, self.copy = reason, frozenset(names), copy
+
+
+class Listener(Protocol):
+    """What a tracer reports to."""
+
+    def before(self, key: UseKey, use: Use) -> None: ...
+    def after(self, key: UseKey, use: Use, out: Tensor) -> Tensor: ...
+    def unknown(self, names: set[str], func: Callable[..., Any]) -> None: ...
+    def other(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None: ...
+
+
+class Tracer(TorchFunctionMode):
+    """Reports each use of the tracked parameters to a listener, which may replace the output."""
+
+    def __init__(self, tracked: Mapping[str, Tensor], listener: Listener) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._params = {id(p): Param(name, p.shape) for name, p in tracked.items()}
+        self._alive: list[Tensor] = []  # derived tensors, so that no id is used again
+        self._listener, self._seen = listener, Counter[tuple[str, tuple[str, ...]]]()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        hits = self._hits(args, kwargs)
+        # Where no gradient is recorded there is none to find (a custom Function's forward, which
+        # is looked after by the probe and by the check of unused parameters).
+        if not hits or not torch.is_grad_enabled():
+            self._listener.other(func, args, kwargs)
+            return func(*args, **kwargs)
+        if opened := _opened(func):
+            with self:
+                return opened(*args, **kwargs)
+        use = read_use(func, args, kwargs, self._lookup)
+        return (
+            self._derived(func, args, kwargs, hits)
+            if use is None
+            else self._used(use, func, args, kwargs)
+        )
+
+    def _used(
+        self, use: Use, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        kind = use.kind, tuple(p.name for p in use.params.values())
+        key = (*kind, self._seen[kind])
+        self._seen[kind] += 1
+        self._listener.before(key, use)
+        return self._listener.after(key, use, func(*args, **kwargs))
+
+    def _derived(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        hits: list[Param],
+    ) -> Any:
+        """A function that we have no reader for: a new form of the parameter, or a use unknown."""
+        out = func(*args, **kwargs)
+        if func in _WITHOUT_GRADIENT or not _has_tensor(out) or self._lookup(out) is not None:
+            return out
+        first = self._lookup(args[0]) if args else None
+        alias = read_alias(func, args, kwargs, first) if first and len(hits) == 1 else None
+        if alias is not None:
+            self._params[id(out)] = alias
+            self._alive.append(out)
+        else:
+            self._listener.unknown({p.name for p in hits}, func)
+        return out
+
+    def _hits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Param]:
+        found = []
+        for value in (*args, *kwargs.values()):
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if (p := self._params.get(id(item))) is not None:
+                    found.append(p)
+        return found
+
+    def _lookup(self, value: object) -> Param | None:
+        return self._params.get(id(value))
+
+
+_WITHOUT_GRADIENT = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _has_tensor(out: object) -> bool:
+    if isinstance(out, (list, tuple)):
+        return any(_has_tensor(o) for o in out)
+    return isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex())
+
+
+@cache
+def _opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return a copy of a Python-level torch function that lets us see what it calls inside.
+
+    `F.multi_head_attention_forward` and its like hand themselves over whole, because their first
+    line asks whether a mode is active. In the copy that question is answered with no.
+    """
+    scope = getattr(func, "__globals__", None)
+    if not isinstance(func, types.FunctionType) or scope is None:
+        return None
+    if not (scope.get("__name__") or "").startswith(("torch.nn.functional", "torch.functional")):
+        return None
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    blind = {**scope, **dict.fromkeys(asks, lambda *_: False)}
+    copy = types.FunctionType(
+        func.__code__, blind, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+class _Anchor(torch.autograd.Function):
+    """Makes a value that needs no gradient need one, in place, so that in-place ops may follow.
+
+    `requires_grad_()` would make it a leaf, and a view of a leaf refuses in-place operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def anchored(value: Tensor, anchor: Tensor) -> Tensor:
+    """Return the value with a gradient to be had, by way of `anchor`, a leaf that requires one."""
+    if value.requires_grad:
+        return value
+    fresh = value.clone() if value._is_view() or value.is_inference() else value
+    out: Tensor = _Anchor.apply(fresh, anchor)  # type: ignore[no-untyped-call]
+    return out
+
+
+@dataclass
+class Taps:
+    """The listener of a scoring pass: collects the wanted parameters' gradients, use by use."""
+
+    layouts: Mapping[UseKey, Layout]
+    counts: Mapping[str, int]
+    """The parameters to be collected here and how often each is used."""
+    absent: frozenset[str]
+    """Parameters that the plan holds for unused."""
+    copies: frozenset[UseKey]
+    shapes: Mapping[str, torch.Size]
+    rows: int
+    sequences: int
+    row_ids: Tensor | None
+    anchor: Tensor
+    consume: Callable[[Gradient], None]
+    watched: Mapping[UseKey, "Watch"] = field(default_factory=dict)
+    on_embedding: Callable[[Use, Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._parts: dict[str, list[Part]] = defaultdict(list)
+        self._pending = Counter[str]()
+
+    def before(self, key: UseKey, use: Use) -> None:
+        if key in self.copies:
+            for saved in use.saved:
+                saved.keep_copy()
+
+    def after(self, key: UseKey, use: Use, out: Tensor) -> Tensor:
+        names = {p.name for p in use.params.values()}
+        if names & self.absent:
+            raise Replan("used for the first time", names & self.absent)
+        roles = frozenset(role for role, p in use.params.items() if p.name in self.counts)
+        watch = self.watched.get(key)
+        if not roles and watch is None and self.on_embedding is None:
+            return out
+        layout = self._layout(key, names, out)
+        if layout is None:
+            return out
+        out = layout.spread(anchored(out, self.anchor))
+        if watch is not None:
+            watch.saw(use, out, layout)
+        if self.on_embedding is not None and use.kind == "embedding":
+            self.on_embedding(use, out)
+        for role in roles:
+            self._pending[use.params[role].name] += 1
+        if roles or watch is not None:
+            out.register_hook(partial(self._backward, key, use, layout, roles, watch))
+        return out
+
+    def _layout(self, key: UseKey, names: set[str], out: Tensor) -> Layout | None:
+        layout = self.layouts.get(key)
+        if layout is not None:
+            layout = replace(layout, sequences=self.sequences)
+            if layout.fits(out.shape):
+                return layout
+        collected = names & self.counts.keys()
+        if collected:
+            raise Replan("used in a form that the probe did not meet", collected)
+        return None
+
+    def unknown(self, names: set[str], func: Callable[..., Any]) -> None:
+        if names := names & (self.counts.keys() | self.absent):
+            raise Replan(f"used by {torch.overrides.resolve_name(func)}", names)
+
+    def other(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None: ...
+
+    def check(self) -> None:
+        """Compare the uses met in the forward pass with the plan's count."""
+        changed = {name for name, n in self.counts.items() if self._pending[name] != n}
+        if changed:
+            raise Replan("used another number of times than in the probe", changed)
+
+    def _backward(
+        self,
+        key: UseKey,
+        use: Use,
+        layout: Layout,
+        roles: frozenset[str],
+        watch: "Watch | None",
+        g: Tensor,
+    ) -> None:
+        try:
+            if watch is not None:
+                watch.grad(g)
+            parts = use.parts(g, layout, roles)
+        except Overwritten:
+            raise Replan("input overwritten in place", copy=key) from None
+        for role, part in parts.items():
+            name = use.params[role].name
+            self._parts[name].append(part)
+            self._pending[name] -= 1
+            if self._pending[name] == 0:
+                self._finish(name)
+
+    def flush(self) -> None:
+        """Finish the parameters some of whose uses had no part in the loss."""
+        for name in list(self._parts):
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        parts = self._parts.pop(name)
+        self.consume(join(name, self.shapes[name], parts, self.rows, self.row_ids))
+
+
+class Watch(Protocol):
+    """Looks at one use as a whole, beside the collection of its parameters."""
+
+    def saw(self, use: Use, out: Tensor, layout: Layout) -> None: ...
+    def grad(self, g: Tensor) -> None: ...
