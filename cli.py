@@ -9,7 +9,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 import yaml
@@ -36,7 +36,12 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show t
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what the output folder holds; else resume.")
 ]
-Engine = Annotated[str, typer.Option(help="Where to run: auto, local or ray.")]
+Engine = Annotated[
+    Literal["auto", "local", "ray"], typer.Option(help="This process, or Ray; auto by the size.")
+]
+TrainEngine = Annotated[
+    Literal["local", "ray"], typer.Option(help="Seeds one after another, or in parallel on Ray.")
+]
 RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto.")]
 Model = Annotated[
     str | None,
@@ -65,10 +70,16 @@ RowLoss = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Split = Annotated[str | None, typer.Option(help="Split of a datasets folder or hub data set.")]
-Optimizer = Annotated[str, typer.Option(help="adamw or sgd.")]
-Schedule = Annotated[str, typer.Option(help="cosine or constant.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per training step.")]
+Optimizer = Annotated[Literal["adamw", "sgd"], typer.Option(help="Update rule.")]
+Schedule = Annotated[Literal["cosine", "constant"], typer.Option(help="Of the learning rate.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Rows per step; by default usual for the model.")
+]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+WeightDecay = Annotated[float | None, typer.Option(help="By default usual for the model.")]
+Match = Annotated[
+    Literal["steps", "epochs"], typer.Option(help="Subsets train for equal steps or epochs.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; small models want 1.")]
 
 
@@ -112,17 +123,21 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
     save_epochs: Annotated[str | None, typer.Option(help="Such as 0,1,5; 0 is untrained.")] = None,
     save_steps: Annotated[str | None, typer.Option(help="Such as 0,100,500.")] = None,
-    match: Annotated[str, typer.Option(help="Subsets train for equal steps or epochs.")] = "steps",
-    batch_size: BatchSize = 64,
+    match: Match = "steps",
+    batch_size: BatchSize = None,
     lr: LearningRate = None,
     optimizer: Optimizer = "adamw",
     schedule: Schedule = "cosine",
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.01,
-    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps to warm up.")] = None,
+    weight_decay: WeightDecay = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the forward pass; by default the device's best."),
+    ] = None,
     pack: Annotated[
         bool, typer.Option(help="Language: pack documents into full contexts.")
     ] = False,
-    engine: Engine = "local",
+    engine: TrainEngine = "local",
     ray_address: RayAddress = None,
     num_gpus: Annotated[float | None, typer.Option(help="GPUs per run.")] = None,
     threads: Threads = None,
@@ -152,6 +167,7 @@ def train(
         lr=lr,
         optimizer=optimizer,
         schedule=schedule,
+        warmup=warmup,
         weight_decay=weight_decay,
         precision=precision,
         pack=pack,
@@ -198,6 +214,7 @@ def score(
     max_bad_rows: Annotated[
         int | None, typer.Option(help="Stop beyond this many; default max(10, 0.1 %).")
     ] = None,
+    threads: Threads = None,
     out: Annotated[str, typer.Option("-o", "--out", help="Score folder.")] = "run/scores",
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
@@ -206,8 +223,10 @@ def score(
 ) -> None:
     """Score every row of a corpus; run it again to resume."""
     _talk(verbose)
-    from curate.pipeline.inspect import format_text
+    from curate.pipeline.inspect import inspect as look
+    from curate.pipeline.listing import format_text
     from curate.pipeline.score import score as run
+    from curate.pipeline.score_table import ScoreTable
 
     result = run(
         _corpus(corpus, split),
@@ -228,9 +247,13 @@ def score(
         max_bad_rows=max_bad_rows,
         out=out,
         overwrite=overwrite,
+        threads=threads,
         dry_run=dry_run or context.info_name == "plan",
     )
-    _print(result, as_json, format_text)
+    found = look(out) if isinstance(result, ScoreTable) else result.summary()
+    _print(found, as_json, format_text)
+    if found.get("errors") or found.get("quarantined"):
+        raise typer.Exit(3)
 
 
 app.command(name="plan", help="Say what `curate score` would run: rows, units and time.")(score)
@@ -263,6 +286,7 @@ def select(
     """Select rows by score under a budget and write a manifest."""
     _talk(verbose)
     from curate.pipeline.select import select as run
+    from curate.pipeline.selection_summary import summary_text
 
     manifest = run(
         scores,
@@ -277,7 +301,7 @@ def select(
         out=out,
         overwrite=overwrite,
     )
-    _print(manifest, as_json, str)
+    _print(manifest.describe(), as_json, summary_text)
 
 
 @app.command()
@@ -295,13 +319,14 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Trainings of each subset.")] = 5,
     epochs: Annotated[int, typer.Option(help="Epochs over the full corpus.")] = 10,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
-    match: Annotated[str, typer.Option(help="Subsets train for equal steps or epochs.")] = "steps",
-    batch_size: BatchSize = 64,
+    match: Match = "steps",
+    batch_size: BatchSize = None,
     lr: LearningRate = None,
     optimizer: Optimizer = "adamw",
     schedule: Schedule = "cosine",
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.01,
-    engine: Engine = "local",
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps to warm up.")] = None,
+    weight_decay: WeightDecay = None,
+    engine: TrainEngine = "local",
     ray_address: RayAddress = None,
     threads: Threads = None,
     out: Annotated[str, typer.Option("-o", "--out", help="Result folder.")] = "run/evaluate",
@@ -312,7 +337,7 @@ def evaluate(
     """Train on each subset, a random one of its size, and all; compare on a test corpus."""
     _talk(verbose)
     from curate.pipeline.evaluate import evaluate as run
-    from curate.pipeline.evaluate import format_report
+    from curate.pipeline.evaluate_report import format_report
 
     result = run(
         _corpus(corpus, split),
@@ -330,6 +355,7 @@ def evaluate(
         lr=lr,
         optimizer=optimizer,
         schedule=schedule,
+        warmup=warmup,
         weight_decay=weight_decay,
         engine=engine,
         ray_address=ray_address,
@@ -348,8 +374,8 @@ def inspect(
 ) -> None:
     """Say what a path holds."""
     _talk(verbose)
-    from curate.pipeline.inspect import format_text
     from curate.pipeline.inspect import inspect as look
+    from curate.pipeline.listing import format_text
 
     _print(look(path), as_json, format_text)
 
@@ -362,8 +388,8 @@ def verify(
 ) -> None:
     """Recompute every digest; exit 1 where one differs."""
     _talk(verbose)
-    from curate.pipeline.inspect import format_text
-    from curate.pipeline.inspect import verify as check
+    from curate.pipeline.listing import format_text
+    from curate.pipeline.verify import verify as check
 
     result = check(path)
     _print(result, as_json, format_text)
@@ -379,8 +405,8 @@ def status(
 ) -> None:
     """Say how far a run has come."""
     _talk(verbose)
-    from curate.pipeline.inspect import format_text
-    from curate.pipeline.inspect import status as look
+    from curate.pipeline.listing import format_text
+    from curate.pipeline.status import status as look
 
     _print(look(run), as_json, format_text)
 
@@ -511,3 +537,7 @@ def _corpus(uri: str, split: str | None) -> Any:
     from curate.pipeline.corpus import open_corpus
 
     return open_corpus(uri, split=split)
+
+
+if __name__ == "__main__":
+    main()

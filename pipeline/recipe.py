@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 STAGES = ("train", "score", "select", "evaluate", "report")
-_WIRED = {
+_WIRED: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "train": lambda corpus, run: {"corpus": corpus, "out": f"{run}/checkpoints"},
     "score": lambda corpus, run: {
         "corpus": corpus,
