@@ -1,5 +1,6 @@
 """Everything that decides what a training run computes, checked and with defaults filled in."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -145,7 +146,9 @@ class TrainSettings:
         """Return what two runs must have in common for one to go on from the other."""
         apart = {"corpus", "out", "save_state_s", "manifest"}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
-        return own | {"corpus": {k: v for k, v in self.corpus_entry.items() if k != "uri"}}
+        whole = own | {"corpus": {k: v for k, v in self.corpus_entry.items() if k != "uri"}}
+        plain: dict[str, Any] = json.loads(json.dumps(whole))  # lists, as they come back from disk
+        return plain
 
     def on_manifest(self, path: str) -> "TrainSettings":
         """Return the settings for training on a manifest's rows.
