@@ -25,7 +25,7 @@ class Reduction:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.scorers = work.make_scorers()
+        self.scorers = work.made
         self.weights = {
             seed: torch.from_numpy(learning_rate_weights([work.checkpoints[k] for k in indices]))
             for seed, indices in work.runs.items()

@@ -46,7 +46,7 @@ class SignalPass:
         self.work = work
         self.device = torch.device(work.device)
         self.task = task_from_description(dict(work.task), work.corpus)
-        self.wanted = model_signals(work.make_scorers())
+        self.wanted = model_signals(work.made)
         if work.with_tokens and self.wanted:
             self.wanted |= {Signal("tokens")}
         self.engines: list[Engine] = []

@@ -27,7 +27,7 @@ def gradient_scorers(work: Work) -> list[str]:
     """Return the scorers that look at gradient norms."""
     return [
         alias
-        for alias, scorer in work.make_scorers().items()
+        for alias, scorer in work.made.items()
         if any(s.kind == "grad_sq_norm" for s in scorer.needs)
     ]
 

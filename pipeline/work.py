@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,9 @@ class Work:
     threads: int = 1
     device: str = "cpu"
 
-    def make_scorers(self) -> dict[str, Scorer]:
-        """Return the scorers by alias."""
+    @cached_property
+    def made(self) -> dict[str, Scorer]:
+        """The scorers by alias."""
         return {alias: scorer_from_spec(dict(spec)) for alias, spec in self.scorers.items()}
 
     @property
@@ -53,20 +55,20 @@ class Work:
             runs.setdefault(checkpoint.seed, []).append(index)
         return runs
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """The corpus columns to read: the task's where a model runs, the kept ones, the id."""
         names: list[str] = []
-        if model_signals(self.make_scorers()):
+        if model_signals(self.made):
             task = task_from_description(dict(self.task), self.corpus)
             names += task.columns(self.corpus.schema).all
         names += [*self.keep, *([self.id_column] if self.id_column else [])]
         return list(dict.fromkeys(names))
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """The columns of a part."""
-        scorers = self.make_scorers()
+        scorers = self.made
         corpus = self.corpus.schema
         return score_schema(
             scorers,
