@@ -13,6 +13,7 @@ from curate.pipeline.corpus import Corpus, open_corpus
 from curate.pipeline.layout import Kind, kind_of
 from curate.pipeline.listing import format_text as format_text
 from curate.pipeline.manifest import Manifest
+from curate.pipeline.report_selections import selection_text
 from curate.pipeline.run_folder import RunFolder
 from curate.pipeline.score_table import SUCCESS, ScoreTable
 from curate.pipeline.status import scores_status
@@ -148,7 +149,10 @@ def inspect_manifest(manifest: Manifest) -> dict[str, Any]:
         "digest": manifest.digest,
         "files": len(content["files"]),
         "groups": content["groups"],
-        "scores": content["scores"],
+        "scores": [
+            {"run": s["run"], "digest": s["digest"], "scorers": list(s["scorers"])}
+            for s in content["scores"]
+        ],
     }
 
 
@@ -164,7 +168,7 @@ def inspect_run(run: RunFolder) -> dict[str, Any]:
         "evaluations": len(run.evaluations),
         "notes": run.notes,
         "manifests": [
-            {"name": run.manifest_name(m), "rows": len(m), **m.content["selection"]}
+            {"name": run.manifest_name(m), "rows": len(m), "selection": selection_text(m)}
             for m in run.manifests
         ],
     }

@@ -4,45 +4,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LINE = 100
+CELL = 48
+"""Prose in a table is cut here; names, paths and digests never are."""
+LINES = 60
 
 
 def format_text(found: Mapping[str, Any]) -> str:
-    """Return a JSON-ready dict as text: scalars first in two columns, then one block per table.
+    """Return a JSON-ready dict as text: short values first in two columns, then a block for each
+    table (a dict of dicts or a list of dicts) and each value too long for a line.
 
-    A dict of dicts or a list of dicts is a table, anything deeper stays JSON-like. `kind` and
-    `path` make the first line; empty values are left out.
+    `kind` and `path` make the first line; empty values are left out. A list of more than LINES
+    entries is cut, and says so: JSON has it all.
     """
     rest = {k: v for k, v in found.items() if k not in ("kind", "path") and not _is_empty(v)}
     head = " ".join(str(found[key]) for key in ("kind", "path") if key in found)
-    scalars = {k: v for k, v in rest.items() if not _is_table(v)}
+    short = {k: v for k, v in rest.items() if not _is_table(v) and len(text(v)) <= LINE}
     blocks = [head] if head else []
-    if scalars:
-        blocks.append("\n".join(_pairs(scalars)))
+    if short:
+        blocks.append("\n".join(_pairs({_words(k): v for k, v in short.items()})))
     for name, value in rest.items():
-        if _is_table(value):
-            blocks.append("\n".join([_words(name), *_table(value)]))
+        if name not in short:
+            blocks.append("\n".join([_words(name), *_limited(_block(value))]))
     return "\n\n".join(blocks) if len(blocks) > 2 else "\n".join(blocks)
-
-
-def _pairs(scalars: Mapping[str, Any]) -> list[str]:
-    width = max(len(_words(name)) for name in scalars)
-    return [f"  {_words(name):<{width}}  {text(value)}" for name, value in scalars.items()]
-
-
-def _table(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a header and one line per entry; columns that are empty everywhere are left out."""
-    rows = [{"": k, **v} for k, v in value.items()] if isinstance(value, Mapping) else list(value)
-    names = [n for n in dict.fromkeys(k for row in rows for k in row) if _is_used(n, rows)]
-    cells = [[_words(n) for n in names], *([text(row.get(n)) for n in names] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    numbers = [all(_is_number(row.get(n)) for row in rows) for n in names]
-    return [
-        "  " + "  ".join(
-            cell.rjust(w) if right else cell.ljust(w)
-            for cell, w, right in zip(line, widths, numbers, strict=True)
-        ).rstrip()
-        for line in cells
-    ]  # fmt: skip
 
 
 def text(value: Any) -> str:
@@ -56,14 +39,60 @@ def text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return _cut(", ".join(f"{k}={text(v)}" for k, v in value.items()))
+        there = {k: v for k, v in value.items() if not _is_empty(v)}
+        return ", ".join(f"{k}={_nested(v)}" for k, v in there.items())
     if isinstance(value, list | tuple):
-        return _cut(", ".join(text(v) for v in value))
+        return ", ".join(_nested(v) for v in value)
     return str(value)
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"
+def _block(value: Any) -> list[str]:
+    if _is_table(value):
+        return _table(value)
+    if isinstance(value, Mapping):
+        return _pairs({k: v for k, v in value.items() if not _is_empty(v)})
+    if isinstance(value, list | tuple):
+        return [f"  {text(v)}" for v in value]
+    return [f"  {text(value)}"]
+
+
+def _pairs(values: Mapping[str, Any]) -> list[str]:
+    width = max(map(len, values))
+    return [f"  {name:<{width}}  {text(value)}" for name, value in values.items()]
+
+
+def _table(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a header and one line per entry; columns that are empty everywhere are left out."""
+    rows = [{"": k, **v} for k, v in value.items()] if isinstance(value, Mapping) else list(value)
+    used = dict.fromkeys(k for row in rows for k, v in row.items() if not _is_empty(v))
+    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n in used]
+    cells = [[_words(n) for n in names], *([_cell(row.get(n)) for n in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    numbers = [all(_is_number(row.get(n)) for row in rows) for n in names]
+    lines = []
+    for line in cells:
+        padded = [
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(line, widths, numbers, strict=True)
+        ]
+        lines.append(f"  {'  '.join(padded)}".rstrip())
+    return lines
+
+
+def _cell(value: Any) -> str:
+    shown = text(value)
+    is_prose = " " in shown and len(shown) > CELL
+    return f"{shown[: CELL - 1]}…" if is_prose else shown
+
+
+def _limited(lines: list[str]) -> list[str]:
+    if len(lines) <= LINES:
+        return lines
+    return [*lines[: LINES - 1], f"  … and {len(lines) - LINES + 1:,} more (--json has them all)"]
+
+
+def _nested(value: Any) -> str:
+    return f"({text(value)})" if isinstance(value, Mapping | list | tuple) else text(value)
 
 
 def _words(name: str) -> str:
@@ -82,10 +111,6 @@ def _is_table(value: Any) -> bool:
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping | list | tuple | str) and len(value) == 0)
-
-
-def _is_used(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    return any(not _is_empty(row.get(name)) for row in rows)
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ p { margin: 6px 0 10px; max-width: 74ch; }
 .says { font-size: 16px; border-left: 3px solid var(--accent); padding: 4px 0 4px 14px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 8px 0 12px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line);
+th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
 td.n, th.n { text-align: right; }

@@ -19,38 +19,17 @@ log = logging.getLogger("curate.report")
 
 def distributions(scores: ScoreTable, summary: Summary) -> str:
     """Return a histogram and the quantiles of each score."""
-    head = [
-        "score",
-        "mean",
-        "sd",
-        "least",
-        "5 %",
-        "median",
-        "95 %",
-        "greatest",
-        "null",
-        "a high value means",
-        "kept by default",
-    ]
+    columns = "score|mean|sd|least|5 %|median|95 %|greatest|null|a high value means|keep"
     rows = []
     for name, column in summary.columns.items():
         q, direction = column.quantiles(), _direction(scores, name)
         values = [q.get(k) for k in ("0", "0.05", "0.5", "0.95", "1")]
-        rows.append(
-            [
-                name,
-                column.mean,
-                column.std,
-                *values,
-                column.missing,
-                direction.high_means,
-                f"the {direction.keep}est",
-            ]
-        )
+        spread = [column.mean, column.std, *values, column.missing]
+        rows.append([name, *spread, direction.high_means, direction.keep])
     some = "all rows" if summary.is_exact else "a uniform sample of rows; means are exact"
     caption = f"Medians are marked; the outermost 0.1 % on either side is cut off. From {some}."
     drawing = plots.histograms(list(summary.columns.values()))
-    return section("Scores", figure(drawing, caption), table(head, rows))
+    return section("Scores", figure(drawing, caption), table(columns.split("|"), rows))
 
 
 def correlations(summary: Summary) -> str:
@@ -77,7 +56,8 @@ def extreme_rows(scores: ScoreTable, summary: Summary) -> str:
     for name, column in summary.columns.items():
         blocks.append(f"<h3>{escape(name)}: highest</h3>{_gallery(column.highest, pictures)}")
         blocks.append(f"<h3>{escape(name)}: lowest</h3>{_gallery(column.lowest, pictures)}")
-    return section("Highest and lowest rows", *blocks)
+    legend = "Under each row: its label, its score, its id (or shard:row)."
+    return section("Highest and lowest rows", paragraph(legend, "soft"), *blocks)
 
 
 def errors(scores: ScoreTable) -> str:

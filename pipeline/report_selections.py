@@ -15,7 +15,7 @@ def accuracy(evaluation: dict[str, Any]) -> str:
     words = {
         "better": "better than",
         "worse": "worse than",
-        "no difference found": "no different from",
+        "no difference found": "not distinguishable from",
     }
     head = [
         "trained on",

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from curate.selectors.protocol import Table
 
 SAMPLE_ROWS = 100_000
-EXTREMES = 12
+EXTREMES = 9
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 

@@ -28,15 +28,15 @@ P = ParamSpec("P")
 
 @dataclass
 class Findings:
-    """What was compared, and every difference in one sentence."""
+    """Every difference in one sentence, and what was compared."""
 
-    checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
 
     def check(
         self, what: str, compare: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
-        """Compare one thing: `compare` returns the difference, or raises ValueError with it."""
+    ) -> bool:
+        """Return whether one thing is as it was: `compare` returns the difference or raises it."""
         try:
             problem = compare(*args, **kwargs)
         except (ValueError, OSError) as broken:
@@ -45,6 +45,7 @@ class Findings:
         if problem:
             log.warning("%s", problem)
             self.problems.append(problem)
+        return not problem
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -63,6 +64,9 @@ def verify(path: str | Path) -> dict[str, Any]:
         findings.problems += run.notes
         if run.scores is not None:
             _verify_scores(run.scores, findings)
+        for checkpoint in run.checkpoints:
+            if f"checkpoint {checkpoint.path}" not in findings.checked:
+                findings.check(f"checkpoint {checkpoint.path}", _loads, checkpoint.path)
         for manifest in run.manifests:
             _verify_manifest(manifest, findings)
     elif kind is Kind.SCORES:
@@ -154,7 +158,8 @@ def _verify_corpus_of(
     what = f"corpus {described['uri']}"
     if what in findings.checked:
         return
-    findings.check(what, _same_corpus, described)
+    if not findings.check(what, _same_corpus, described):
+        return
     for shard, digest in sorted(recorded.items()):
         path = described["shards"][shard]["path"]
         findings.check(f"{what} {path} sha256", _shard, described, shard, digest)

@@ -40,4 +40,19 @@ def test_columns_that_are_empty_everywhere_are_left_out() -> None:
 
 def test_values_in_few_characters() -> None:
     assert text(True) == "yes" and text(None) == "-" and text(0.1234567) == "0.1235"
-    assert text(list(range(1000))).endswith("…") and len(text(list(range(1000)))) == 100
+    assert text({"a": {"b": 1, "none": None}, "c": [1, 2]}) == "a=(b=1), c=(1, 2)"
+
+
+def test_long_values_get_lines_of_their_own_and_long_lists_are_cut() -> None:
+    found = {"kind": "verify", "few": ["a"], "many": [f"file-{i:03d}" for i in range(100)]}
+    lines = format_text(found).splitlines()
+    assert lines[:4] == ["verify", "", "  few  a", ""]
+    assert lines[4:6] == ["many", "  file-000"]
+    assert lines[-1] == "  … and 41 more (--json has them all)" and len(lines) == 5 + 60
+
+
+def test_prose_in_tables_is_cut_and_digests_are_not() -> None:
+    digest, prose = "f" * 64, "many words " * 10
+    lines = format_text({"x": [{"digest": digest, "why": prose}]}).splitlines()
+    assert digest in lines[-1] and lines[-1].endswith("…")
+    assert len(lines[-1]) == 2 + 64 + 2 + 48
