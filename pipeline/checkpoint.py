@@ -19,10 +19,23 @@ from typing import Any
 
 from torch import nn
 
-from curate.pipeline.models import absolute_model, architecture, is_transformer, make_model
+from curate.pipeline.models import (
+    absolute_model,
+    architecture,
+    architecture_name,
+    is_transformer,
+    make_model,
+    pretrained,
+)
 from curate.pipeline.tokenizers import TOKENIZER_FILES, tokenizer
 from curate.pipeline.user_code import file_digest, is_user_code
-from curate.pipeline.weights import load_weights_file, save_weights, weight_files
+from curate.pipeline.weights import (
+    copy_weights,
+    load_weights_file,
+    save_weights,
+    unwrapped,
+    weight_files,
+)
 
 FORMAT, VERSION = "curate.checkpoint", 1
 META = "curate.json"
@@ -80,13 +93,8 @@ def save_checkpoint(
     for left in target.parent.glob(f".{target.name}.*"):  # of a killed run
         shutil.rmtree(left, ignore_errors=True)
     made = target.with_name(f".{target.name}.{os.getpid()}.new")
-    made.mkdir()
-    save_weights(made / "model.safetensors", model)
-    described = json.loads(json.dumps(task))
-    if is_transformer(model):
-        _save_config(made, model)
-    _save_tokenizer(made, described)
-    meta = {
+    described: dict[str, Any] = json.loads(json.dumps(task))
+    meta: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model": absolute_model(spec),
@@ -101,8 +109,13 @@ def save_checkpoint(
     }
     if is_user_code(spec):
         meta["model_digest"] = file_digest(spec)
-    (made / META).write_text(json.dumps(meta, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    _put_in_place(made, target)
+    made.mkdir()
+    try:
+        _write(made, unwrapped(model), meta)
+        _put_in_place(made, target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
     return read_checkpoint(target)
 
 
@@ -183,7 +196,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: they do not fit; the first names that do not are in the message.
     """
-    load_weights_file(model, checkpoint.path)
+    try:
+        load_weights_file(model, checkpoint.path)
+    except ValueError:
+        if (Path(checkpoint.path) / META).is_file() or not is_transformer(model):
+            raise
+        # Transformers stores some architectures (mixtures of experts) under other names than it
+        # computes with; it alone can translate.
+        whole = pretrained(checkpoint.path, architecture_name(checkpoint.path), {}, whole=True)
+        copy_weights(model, whole)
 
 
 def records_path(paths: str | os.PathLike[str] | Sequence[str]) -> str | None:
@@ -285,9 +306,13 @@ def _comparable(task: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**task, "preprocess": kept}
 
 
-def _save_config(folder: Path, model: Any) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+def _write(folder: Path, model: Any, meta: dict[str, Any]) -> None:
+    save_weights(folder / "model.safetensors", model)
+    if is_transformer(model):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+    _save_tokenizer(folder, meta["task"])
+    (folder / META).write_text(json.dumps(meta, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _save_tokenizer(folder: Path, task: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Models by name: built in, a Hugging Face folder, or the user's own factory."""
 
 import inspect
+import json
 import logging
 import re
 import sys
@@ -88,10 +89,13 @@ def auto_class(kw: dict[str, Any]) -> str:
     return "AutoModelForSequenceClassification"
 
 
-def pretrained(folder: str, class_name: str, kw: dict[str, Any]) -> nn.Module:
+def pretrained(
+    folder: str, class_name: str, kw: dict[str, Any], *, whole: bool = False
+) -> nn.Module:
     """Return a Hugging Face model with its own weights; a head it lacks is fresh, and said so.
 
-    No code from the folder is run, and a pickle is read with `weights_only`.
+    No code from the folder is run, and a pickle is read with `weights_only`. With `whole`, nothing
+    may be lacking.
 
     Raises:
         ValueError: there is no such folder or weights, or they do not fit the architecture.
@@ -112,9 +116,11 @@ def pretrained(folder: str, class_name: str, kw: dict[str, Any]) -> nn.Module:
                 **arguments,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        said = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {folder} cannot be loaded with {class_name}: {said}") from error
+        said = f"model {folder} cannot be loaded with {class_name}: {_first_line(error)}"
+        raise ValueError(said) from error
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if fresh and whole:
+        raise ValueError(f"{folder} has no weights for {few(fresh)} of {class_name}")
     if fresh:
         log.warning("%s has no weights for %s: they start fresh", folder, few(fresh))
     return prepared(model)
@@ -128,12 +134,35 @@ def architecture(folder: str) -> nn.Module:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    name = (getattr(config, "architectures", None) or [""])[0]
-    made = getattr(transformers, name, None) if name else None
-    if made is None:
-        raise ValueError(f"{folder}/config.json names no architecture of transformers ({name!r})")
-    return prepared(made(config))
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}/config.json cannot be used: {_first_line(error)}") from error
+    name = architecture_name(folder)
+    return prepared(getattr(transformers, name)(config))
+
+
+def architecture_name(folder: str) -> str:
+    """Return the transformers class that a folder's config.json names.
+
+    Raises:
+        ValueError: there is no such class, or it has no head that predicts anything.
+    """
+    import transformers
+
+    names = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
+    if not names[0] or not hasattr(transformers, names[0]):
+        raise ValueError(
+            f"{folder}/config.json names no architecture of transformers ({names[0]!r})"
+        )
+    if "For" not in names[0] and not names[0].endswith("LMHeadModel"):
+        raise ValueError(
+            f"{folder} holds a bare {names[0]}, which predicts nothing; train a head first: "
+            "curate train --model FOLDER"
+        )
+    return str(names[0])
 
 
 def is_transformer(model: nn.Module) -> bool:
@@ -182,6 +211,10 @@ def _call(factory: Callable[..., object], spec: str, kw: dict[str, Any]) -> Any:
         offered = ", ".join(f"{k}={v}" for k, v in kw.items()) or "nothing"
         raise ValueError(f"model {spec!r} needs {few(missing)}, but the task offers {offered}")
     return factory(**{k: v for k, v in kw.items() if takes_any or k in parameters})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 class _quiet:

@@ -30,7 +30,7 @@ class CNN(nn.Module):
     """A ResNet-9 after Page (2018, "How to train your ResNet"): 3 poolings, 2 residual blocks.
 
     `width` is the number of channels after the first convolution; the last has 8 x `width`.
-    Any input from 1x1 up works: a pooling is left out once the image is too small for it.
+    Small images are pooled less often, so that two by two positions are left to normalise over.
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 32) -> None:
@@ -39,10 +39,10 @@ class CNN(nn.Module):
             raise ValueError(f"model 'cnn' takes images (C, H, W), not inputs {tuple(input_shape)}")
         channels, *sides = input_shape
         self.stem = _conv(channels, width, pool=False)
-        self.stage1 = _conv(width, 2 * width, pool=min(sides) >= 2)
+        self.stage1 = _conv(width, 2 * width, pool=min(sides) >= 4)
         self.residual1 = _Residual(2 * width)
-        self.stage2 = _conv(2 * width, 4 * width, pool=min(sides) >= 4)
-        self.stage3 = _conv(4 * width, 8 * width, pool=min(sides) >= 8)
+        self.stage2 = _conv(2 * width, 4 * width, pool=min(sides) >= 8)
+        self.stage3 = _conv(4 * width, 8 * width, pool=min(sides) >= 16)
         self.residual2 = _Residual(8 * width)
         self.head = nn.Linear(8 * width, num_classes)
 

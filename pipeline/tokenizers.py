@@ -46,11 +46,6 @@ def tokenizer(source: str) -> Any:
         raise ValueError(f"no tokenizer can be loaded from {source}: {said}") from error
 
 
-def has_tokenizer(folder: str | None) -> bool:
-    """Tell whether a local folder holds a tokenizer's files."""
-    return folder is not None and any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
-
-
 def tokenizer_digest(source: str) -> str | None:
     """Return the sha256 over a tokenizer's files, None for one that is not in a folder."""
     if not Path(source).is_dir():

@@ -5,16 +5,16 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WRAPPERS = ("_orig_mod.", "module.")
-"""What `torch.compile` and data-parallel wrappers put before every name."""
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -40,7 +40,10 @@ def save_weights(path: str | Path, model: nn.Module) -> None:
     state = _state(model)
     leaders = _tied(state)
     kept = {name: tensor for name, tensor in state.items() if leaders[name] == name}
-    save_file({k: _own(v) for k, v in kept.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({k: _own(v) for k, v in kept.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk, for one
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_weights_file(model: nn.Module, folder: str | Path) -> None:
@@ -62,18 +65,34 @@ def load_weights_file(model: nn.Module, folder: str | Path) -> None:
                 state[name].copy_(tensor)
 
 
+def copy_weights(model: nn.Module, source: nn.Module) -> None:
+    """Copy the weights of one model into another, in place.
+
+    Raises:
+        ValueError: names or shapes do not fit; nothing is copied then.
+    """
+    state, new = _state(model), _state(source)
+    shapes = {name: list(tensor.shape) for name, tensor in new.items()}
+    _refuse_misfit(type(source).__name__, state, shapes)
+    with torch.no_grad():
+        for name, tensor in new.items():
+            state[name].copy_(tensor)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself from under `torch.compile` and data-parallel wrappers."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)  # torch.compile's
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    state = {_unwrapped(name): value for name, value in model.state_dict().items()}
+    state = dict(unwrapped(model).state_dict())
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise ValueError(f"the model's state {odd[0]!r} is no tensor; safetensors cannot hold it")
     return state
-
-
-def _unwrapped(name: str) -> str:
-    for prefix in WRAPPERS:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _tied(state: dict[str, Tensor]) -> dict[str, str]:
@@ -120,7 +139,7 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     if file.suffix == ".safetensors":
         with _opened(file) as tensors:
             for name in tensors.keys():
-                yield _unwrapped(name), tensors.get_slice(name).get_shape()
+                yield name, tensors.get_slice(name).get_shape()
     else:
         for name, tensor in _tensors(file):
             yield name, list(tensor.shape)
@@ -130,14 +149,14 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
         with _opened(file) as tensors:
             for name in tensors.keys():
-                yield _unwrapped(name), tensors.get_tensor(name)
+                yield name, tensors.get_tensor(name)
         return
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} cannot be read as plain weights: {_first_line(error)}") from error
     for name, tensor in state.items():
-        yield _unwrapped(name), tensor
+        yield name, tensor
 
 
 def _opened(file: Path) -> safe_open:

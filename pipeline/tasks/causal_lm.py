@@ -109,8 +109,8 @@ class CausalLM(Task):
         if row_loss not in ("mean", "sum"):
             raise ValueError(f"row_loss is 'mean' or 'sum', not {row_loss!r}")
         column, holds_tokens = _document_column(corpus.schema, inputs)
-        source = tokenizer_source(tokenizer, model)
-        if source is None and (not holds_tokens or tokenizer == BYTES):
+        source = None if holds_tokens else tokenizer_source(tokenizer, model)
+        if source is None and not holds_tokens:
             source = BYTES
             log.info("documents are read byte by byte (--task-option tokenizer=FOLDER for another)")
         size = None if vocab_size is None else options.sizes(vocab_size, "vocab_size")[0]
@@ -120,8 +120,8 @@ class CausalLM(Task):
         return cls(
             column,
             id_column(corpus.schema),
-            None if holds_tokens else source,
-            None if holds_tokens or source is None else tokenizer_digest(source),
+            source,
+            None if source is None else tokenizer_digest(source),
             size,
             _context(context, model),
             cast(RowLoss, row_loss),

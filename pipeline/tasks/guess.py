@@ -40,9 +40,12 @@ def _with_label(schema: pa.Schema, label: str | None) -> list[str]:
     left = inputs_left(schema, label)
     images = [name for name in left if is_image(schema, name)]
     images = images or [name for name in left if is_square_list(schema, name)]
-    strings = [n for n in left if n not in images and is_string(storage_type(schema.field(n).type))]
+    strings = [n for n in left if is_string(storage_type(schema.field(n).type))]
     numbers = [n for n in left if n not in images and n not in strings and is_feature(schema, n)]
     named = any(n in strings for n in TEXT_NAMES) or any(set(p) <= set(strings) for p in TEXT_PAIRS)
+    if named or any(name not in strings for name in images):
+        images = [name for name in images if name not in strings]  # a path beside the content
+    strings = [name for name in strings if name not in images]
     suits = []
     if images:
         suits.append("image_classification")

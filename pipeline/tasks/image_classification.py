@@ -19,6 +19,7 @@ import torch
 
 from curate.pipeline.corpus import Corpus
 from curate.pipeline.images import Mode, decode, measure
+from curate.pipeline.task import Columns
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
     combined,
@@ -118,6 +119,18 @@ class ImageClassification(Classification):
             kept[name] = None if kept.get(name) is None else tuple(kept[name])
         return cls(**described(description), **kept)
 
+    def columns(self, schema: pa.Schema) -> Columns:
+        """Return the image and label columns, and `id` where the corpus has it."""
+        found = super().columns(schema)
+        kind = schema.field(self.inputs[0]).type
+        dims = list_shape(kind)
+        if _stored(kind) != "encoded" and None not in dims and np.prod(dims) != np.prod(self.shape):  # type: ignore[arg-type]
+            raise ValueError(
+                f"column {self.inputs[0]!r} holds images of {_by(dims)} values, but the task's "  # type: ignore[arg-type]
+                f"images are {_by(self.shape)}"
+            )
+        return found
+
     def preprocess(self) -> dict[str, Any]:
         return {
             "shape": list(self.shape),
@@ -146,9 +159,10 @@ class ImageClassification(Classification):
 
     def collate(self, encoded: pa.Table) -> Batch:
         """Return float32 images [B, C, H, W] and class indices."""
-        pixels = torch.from_numpy(dense(encoded.column("image"), "image").copy())
-        images = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
-        images = images.reshape(encoded.num_rows, *self.shape)
+        pixels = dense(encoded.column("image"), "image")
+        images = torch.from_numpy(pixels.astype(np.float32)).view(encoded.num_rows, *self.shape)
+        if pixels.dtype == np.uint8:
+            images.div_(255)
         if self.mean is not None:
             images = images - torch.tensor(self.mean).reshape(-1, 1, 1)
         if self.std is not None:
@@ -251,7 +265,8 @@ def _image_column(schema: pa.Schema, label: str, inputs: str | Sequence[str] | N
     else:
         left = inputs_left(schema, label)
         found = [name for name in left if is_image(schema, name)]
-        found = found or [name for name in left if is_square_list(schema, name)]
+        content = [name for name in found if not is_string(storage_type(schema.field(name).type))]
+        found = content or found or [name for name in left if is_square_list(schema, name)]
         if not found and len(left) == 1 and is_list(storage_type(schema.field(left[0]).type)):
             found = left
     if len(found) != 1:

@@ -46,8 +46,13 @@ class Labels:
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def check(self, schema: pa.Schema, name: str) -> None:
-        """Refuse a column whose declared class names are others than these."""
-        names = class_names(schema, name)
+        """Refuse a column whose declared class names, or sort of values, are others than these."""
+        names, kind = class_names(schema, name), storage_type(schema.field(name).type)
+        is_word = is_string(kind) or pt.is_boolean(kind)
+        if is_word != isinstance(self.classes[0], str) and not (self.by_index or pt.is_null(kind)):
+            raise ValueError(
+                f"label column {name!r} holds {kind}, but the classes are {_few(self.classes)}"
+            )
         if names is not None and self.by_index and names != self.classes:
             raise ValueError(
                 f"label column {name!r} has the classes {_few(names)}, but the task was made for "

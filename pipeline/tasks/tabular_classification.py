@@ -15,6 +15,7 @@ import pyarrow.types as pt
 import torch
 
 from curate.pipeline.corpus import Corpus
+from curate.pipeline.task import Columns
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
     combined,
@@ -122,6 +123,17 @@ class TabularClassification(Classification):
         """Return the task that `describe` described."""
         features = tuple(_from_json(one) for one in description["preprocess"]["features"])
         return cls(**described(description), features=features)
+
+    def columns(self, schema: pa.Schema) -> Columns:
+        """Return the feature and label columns, and `id` where the corpus has it."""
+        found = super().columns(schema)
+        for feature in self.features:
+            kind = schema.field(feature.name).type
+            is_word = is_string(storage_type(kind))
+            if not is_feature(schema, feature.name) or is_word != bool(feature.words):
+                expected = "words" if feature.words else "numbers"
+                raise ValueError(f"column {feature.name!r} holds {kind}, not {expected}")
+        return found
 
     @property
     def width(self) -> int:

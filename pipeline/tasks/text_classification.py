@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from curate.pipeline.corpus import Corpus
+from curate.pipeline.task import Columns
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import combined, lists, padded, ragged
 from curate.pipeline.tasks.classification import Classification, described
@@ -23,6 +24,7 @@ from curate.pipeline.tasks.texts import (
     POSITION_KEYS,
     config_value,
     pad_token,
+    read_config,
     text_columns,
     tokenize,
     tokenizer_source,
@@ -95,6 +97,12 @@ class TextClassification(Classification):
         kept = {k: v for k, v in description["preprocess"].items() if k != "labels"}
         return cls(**described(description), **kept)
 
+    def columns(self, schema: pa.Schema) -> Columns:
+        """Return the text and label columns, and `id` where the corpus has it."""
+        found = super().columns(schema)
+        text_columns(schema, self.inputs, self.label, most=2)
+        return found
+
     def preprocess(self) -> dict[str, Any]:
         return {
             "tokenizer": self.tokenizer,
@@ -152,15 +160,10 @@ def _longest(source: str, model: str | None) -> int:
     if source != BYTES:
         limits.append(int(min(tokenizer(source).model_max_length, LONGEST)))
     positions = config_value(model, *POSITION_KEYS)
-    if positions is not None and model is not None:
-        limits.append(positions - 2 if _model_type(model) in OFFSET_POSITIONS else positions)
+    if positions is not None:
+        shifted = read_config(model).get("model_type") in OFFSET_POSITIONS
+        limits.append(positions - 2 if shifted else positions)
     return min(limits)
-
-
-def _model_type(model: str) -> str:
-    from transformers import AutoConfig
-
-    return str(AutoConfig.from_pretrained(model, local_files_only=True).model_type)
 
 
 def _as_lists(rows: Sequence[np.ndarray]) -> pa.ListArray:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curate.pipeline.models import is_huggingface
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import combined, is_string, storage_type
 from curate.pipeline.tasks.schema import TEXT_NAMES, TEXT_PAIRS, inputs_left
-from curate.pipeline.tokenizers import BYTES, byte_tokens, has_tokenizer, tokenizer
+from curate.pipeline.tokenizers import BYTES, byte_tokens, tokenizer
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 log = logging.getLogger("curate.tasks")
@@ -62,21 +63,25 @@ def guess_text(schema: pa.Schema, label: str | None, most: int) -> tuple[str, ..
 
 def tokenizer_source(given: str | None, model: str | None) -> str | None:
     """Return where a task's tokenizer is: the option, or the model's folder if it has one."""
-    source = given or (model if has_tokenizer(model) else None)
-    if source is None and model is not None and "/" in model and ".py:" not in model:
-        source = model  # a name on the hub, or a folder whose missing tokenizer is worth an error
+    source = given or (model if model is not None and is_huggingface(model) else None)
     if source is None or source == BYTES:
         return source
     tokenizer(source)
     return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
-def config_value(model: str | None, *keys: str) -> int | None:
-    """Return the first of these integers in a model folder's config.json; None if there is none."""
+def read_config(model: str | None) -> dict[str, Any]:
+    """Return a model folder's config.json, {} for a model that is no folder."""
     path = Path(model) / "config.json" if model else None
     if path is None or not path.is_file():
-        return None
-    config: dict[str, Any] = json.loads(path.read_text())
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def config_value(model: str | None, *keys: str) -> int | None:
+    """Return the first of these integers in a model folder's config.json; None if there is none."""
+    config = read_config(model)
     for values in (config, config.get("text_config") or {}):
         for key in keys:
             if isinstance(values.get(key), int):

@@ -138,6 +138,13 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
     assert set(load_file(f"{saved.path}/model.safetensors")) == set(model.state_dict())
 
 
+def test_a_part_called_module_keeps_its_name(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.module = nn.Linear(2, 2)
+    saved = save(tmp_path / "seed0-epoch001", model)
+    assert set(load_file(f"{saved.path}/model.safetensors")) == {"module.weight", "module.bias"}
+
+
 def test_batch_norm_statistics_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     args = {"input_shape": [1, 8, 8], "num_classes": 2, "width": 2}
     model = make_model("cnn", **args)
@@ -147,15 +154,17 @@ def test_batch_norm_statistics_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(loaded(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("form", ["safetensors index", "pickle", "pickle index"])
+@pytest.mark.parametrize("form", ["safetensors index", "pickle", "old pickle", "pickle index"])
 def test_weights_are_read_in_every_form_that_hugging_face_writes(tmp_path: Path, form: str) -> None:
     model = make_model("mlp", **ARGS)
     saved = save(tmp_path / "seed0-epoch001", model)
     folder = Path(saved.path)
     (folder / "model.safetensors").unlink()
     state = model.state_dict()
-    if form == "pickle":
-        torch.save(state, folder / "pytorch_model.bin")
+    if form in ("pickle", "old pickle"):
+        is_new = form == "pickle"
+        file = folder / "pytorch_model.bin"
+        torch.save(state, file, _use_new_zipfile_serialization=is_new)
     else:
         kind = "model.safetensors" if "safe" in form else "pytorch_model.bin"
         stem, ending = kind.rsplit(".", 1)

@@ -164,6 +164,31 @@ def test_a_checkpoint_of_the_hugging_face_trainer_is_taken_as_it_is(
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0, msg=name)
 
 
+def test_weights_that_transformers_stores_under_other_names_are_translated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "checkpoint-7")
+    (found,) = find_checkpoints(str(tmp_path))
+    assert found.step == 7
+    ids = torch.randint(0, 20, (2, 5))
+    torch.testing.assert_close(load_model(found)(ids).logits, model(ids).logits)
+
+
+def test_an_encoder_is_no_checkpoint_to_score_with(bert_folder: str) -> None:
+    (found,) = find_checkpoints(bert_folder)
+    with pytest.raises(ValueError, match="holds a bare BertModel, which predicts nothing"):
+        load_model(found)
+
+
 def test_text_without_a_tokenizer_is_refused_in_one_sentence(corpus: Write) -> None:
     opened = corpus({"text": ["a", "b"], "label": [0, 1]})
     with pytest.raises(ValueError, match="needs a tokenizer: a Hugging Face folder as --model"):

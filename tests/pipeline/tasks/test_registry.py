@@ -33,6 +33,9 @@ IMAGE = pa.struct([("bytes", BYTES), ("path", TEXT)])
         ({"text": TEXT, "label": INT}, "text_classification"),
         ({"sentence1": TEXT, "sentence2": TEXT, "label": INT, "idx": INT}, "text_classification"),
         ({"id": TEXT, "text": TEXT, "source": TEXT, "label": INT}, "text_classification"),
+        ({"path": TEXT, "text": TEXT, "label": INT}, "text_classification"),
+        ({"path": TEXT, "image": IMAGE, "label": INT}, "image_classification"),
+        ({"path": TEXT, "content": TEXT}, "causal_lm"),
         ({"text": TEXT}, "causal_lm"),
         ({"text": TEXT, "url": TEXT, "score": FLOAT}, "causal_lm"),
         ({"story": TEXT}, "causal_lm"),
@@ -53,6 +56,40 @@ def test_a_declared_class_label_counts_under_any_name() -> None:
     assert guess_task(schema.with_metadata(metadata)) == "text_classification"
     assert guess_task(schema, label="stars") == "text_classification"
     assert guess_task(schema) == "causal_lm"
+
+
+CHANGED = {
+    "image_classification": (
+        {"image": [[0.5] * 16, [0.1] * 16], "label": [0, 1]},
+        {"image": pa.array([[0.5] * 25, [0.1] * 25], pa.list_(FLOAT, 25)), "label": [0, 1]},
+        "'image' holds images of 25 values, but the task's images are 1x4x4",
+    ),
+    "tabular_classification": (
+        {"x": [1.0, 2.0], "label": ["a", "b"]},
+        {"x": ["1", "2"], "label": ["a", "b"]},
+        "column 'x' holds string, not numbers",
+    ),
+    "text_classification": (
+        {"text": ["a", "b"], "label": ["a", "b"]},
+        {"text": ["a", "b"], "label": [0, 1]},
+        "label column 'label' holds int64, but the classes are .a, b.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_corpus_that_the_checkpoints_task_cannot_read_is_refused_at_once(
+    kind: str, corpus: Write
+) -> None:
+    trained, other, complaint = CHANGED[kind]
+    options = {"tokenizer": "bytes"} if kind == "text_classification" else {}
+    task = make_task(kind, corpus(trained), **options)
+    again = task_from_description(json.loads(json.dumps(task.describe())))
+    again.columns(corpus(trained).schema)
+    with pytest.raises(ValueError, match=complaint):
+        again.columns(corpus(other).schema)
+    with pytest.raises(ValueError, match=r"the task reads column '\w+', but the corpus has other"):
+        again.columns(corpus({"other": [1]}).schema)
 
 
 @pytest.mark.parametrize(
