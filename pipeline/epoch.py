@@ -113,4 +113,4 @@ def _drawn(edges: Float64[ndarray, " g"], uniform: Float64[ndarray, " n"]) -> In
     """Return the index that each draw hits, in proportion to the steps of `edges`."""
     last = np.searchsorted(edges, edges[-1])  # never land on zero weights at the end
     hit = np.searchsorted(edges, uniform * edges[-1], side="right")
-    return np.minimum(hit, last).astype(np.int64)
+    return np.asarray(np.minimum(hit, last), dtype=np.int64)

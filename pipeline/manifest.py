@@ -72,11 +72,13 @@ def write_parts(folder: Folder, batches: Iterable[pa.RecordBatch]) -> tuple[dict
     return digests, rows
 
 
-def write_manifest(folder: Folder, content: dict[str, Any]) -> None:
-    """Write `manifest.json`, which makes the selection whole; the parts are there already."""
+def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `manifest.json`, which makes the selection whole; return what it holds."""
     missing = KEYS - content.keys() - {"format", "version"}
     assert not missing, f"a manifest without {sorted(missing)}"
-    folder.replace(NAME, canonical_json({**content, "format": FORMAT, "version": VERSION}))
+    whole = {**content, "format": FORMAT, "version": VERSION}
+    folder.replace(NAME, canonical_json(whole))
+    return whole
 
 
 KEYS = frozenset("format version corpus selection weight_kind schedule groups scores files".split())
@@ -201,7 +203,7 @@ class Manifest:
     def as_datasets(
         self, columns: list[str] | None = None, cache: str | Path | None = None
     ) -> "datasets.Dataset":
-        """Return a memory-mapped `datasets.Dataset` of the kept rows with their `weight`."""
+        """Return a memory-mapped `datasets.Dataset`: the columns and the `weight`."""
         from curate.pipeline.hand_off import as_datasets
 
         return as_datasets(self, columns, cache)
@@ -209,13 +211,13 @@ class Manifest:
     def as_ray(
         self, columns: list[str] | None = None, batch_rows: int = 1024
     ) -> "ray.data.Dataset":
-        """Return a streaming `ray.data.Dataset` of the kept rows with their `weight`."""
+        """Return a streaming `ray.data.Dataset`: columns, `__shard`, `__row` and `weight`."""
         from curate.pipeline.hand_off import as_ray
 
         return as_ray(self, columns, batch_rows)
 
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield each kept row once, in corpus order: its columns and its `weight`."""
+        """Yield each kept row once in corpus order: columns, `__shard`, `__row`, `weight`."""
         from curate.pipeline.hand_off import as_rows
 
         return as_rows(self, columns)

@@ -29,7 +29,8 @@ class RowSource:
     Rows come with the corpus columns asked for and `__shard`, `__row`, `__weight`. A selection
     whose decoded rows take at most `cache_bytes` is read once, in one sweep, and stays in memory.
     A larger one is read in blocks of BLOCK positions, of which as many stay as fit: visited in
-    `order`, every block is then read once per epoch.
+    `order`, every block is then read once per epoch (and with it the whole Parquet row groups it
+    lies in: row groups of a few thousand rows suit this best).
     """
 
     def __init__(

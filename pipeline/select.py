@@ -270,8 +270,8 @@ def _write(table: ScoreTable, request: Request, folder: Folder) -> Manifest:
         for name in filter(is_part, folder.names()):
             folder.delete(name)
         raise
-    manifest = Manifest(folder, _finished(request, selection, census, files, rows))
-    write_manifest(folder, manifest.content)
+    content = write_manifest(folder, _finished(request, selection, census, files, rows))
+    manifest = Manifest(folder, content)
     manifest.summary = census.summary()
     return manifest
 

@@ -190,6 +190,11 @@ class TorchRows(IterableDataset[Any]):
         rows = self.source.take(plan.at(np.concatenate(places)))
         if self.source.weight_kind != "loss":
             return rows.drop_columns([WEIGHT])
+        if "weight" in self.source.columns:
+            raise ValueError(
+                "the corpus has a column 'weight' of its own, beside the manifest's loss weights; "
+                "leave it out with columns=[...]"
+            )
         return rows.rename_columns({WEIGHT: "weight"})
 
 

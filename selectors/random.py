@@ -32,7 +32,7 @@ class Random(Choice):
 
 def random_keys(rng: np.random.Generator) -> Keys:
     """Return keys that put rows in random order; `rng` gives one number, the rest is hashed."""
-    key = int(rng.integers(0, 1 << 64, dtype=np.uint64))
+    key = int(rng.bit_generator.random_raw())  # the one stream that NumPy keeps for ever
 
     def keys(batch: pa.RecordBatch) -> UInt32[ndarray, " n"]:
         shard, row = (batch.column(name).to_numpy() for name in ("shard", "row"))
