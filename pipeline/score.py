@@ -254,6 +254,7 @@ def _run(
         write_units(folder, _plan_units(work, sizing, unit_rows))
     units = read_units(folder)
     run = ScoringRun(work, units, lock)
+    run.check_bad_rows()
     if run.todo:
         if run.done:
             log.info("%d of %d units are done already", len(run.done), len(units))

@@ -74,9 +74,12 @@ class ScoringRun:
         """
         self.lock.check()
         self.done.add(told["unit"])
-        if not told["committed"]:
-            return
-        self.bad_rows += told["bad_rows"]
+        if told["committed"]:
+            self.bad_rows += told["bad_rows"]
+            self.check_bad_rows()
+
+    def check_bad_rows(self) -> None:
+        """Raise RunError when more rows than allowed could not be scored."""
         if self.bad_rows > self.work.max_bad_rows:
             raise RunError(
                 f"{self.bad_rows} rows cannot be scored, more than {self.work.max_bad_rows}: see "

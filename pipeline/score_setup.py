@@ -127,7 +127,7 @@ def _task(request: Request, found: Sequence[Checkpoint]) -> Task:
         return task
     if set(options) <= {"row_loss"} and (not options or kind in LANGUAGE):
         return task_from_description({**recorded, **options}, corpus)
-    task = make_task(kind, corpus, model=found[0].path, **options)
+    task = make_task(recorded.get("path", kind), corpus, model=found[0].path, **options)
     _same_classes(task, recorded, found[0].path)
     return task
 
