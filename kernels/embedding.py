@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curate.kernels.grad_norm import accumulable, accumulator, chunks
+from curate.kernels.grad_norm import accumulable, accumulator, chunks, inner
 
 
 def embedding_sq_norm(
@@ -41,5 +41,5 @@ def embedding_cross(
         at = index[rows, None].expand(-1, u, -1)
         error = accumulable(other_left[rows].gather(2, at))
         products = torch.bmm(accumulable(other_right[rows]), accumulable(right[rows]).mT)
-        out[rows] = torch.linalg.vecdot(error.flatten(1), products.flatten(1))
+        out[rows] = inner(error, products)
     return out

@@ -52,7 +52,7 @@ def grad_sq_norm_gram(
     out = left.new_zeros(s, dtype=accumulator(left))
     for rows in chunks(s, 2 * g * t * t):
         gram = [_gram(accumulable(x[rows]).flatten(0, 1)) for x in (left, right)]
-        out[rows] = torch.linalg.vecdot(gram[0].flatten(1), gram[1].flatten(1)).view(-1, g).sum(1)
+        out[rows] = inner(gram[0], gram[1]).view(-1, g).sum(1)
     return out.clamp_(min=0)
 
 
@@ -67,12 +67,21 @@ def grad_sq_norm_tiles(
         r = accumulable(right[rows])
         for tile in chunks(o, (rows.stop - rows.start) * g * i):
             grad = accumulable(left[rows, :, :, tile]).mT @ r
-            out[rows] += torch.linalg.vecdot(grad.flatten(1), grad.flatten(1))
+            out[rows] += inner(grad, grad)
     return out
 
 
 def _gram(x: Tensor) -> Tensor:
     return torch.bmm(x, x.mT)
+
+
+def inner(x: Float[Tensor, "s ..."], y: Float[Tensor, "s ..."]) -> Float[Tensor, " s"]:
+    """Return the inner product of each sample's tensors.
+
+    Along the last axis first, then over the rest: one dot product over millions of elements would
+    lose three digits in float32, since BLAS adds them up one after another.
+    """
+    return torch.linalg.vecdot(x, y).flatten(1).sum(1)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

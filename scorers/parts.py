@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
-from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm
+from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm, inner
 from curate.kernels.projection import project, project_matrix, project_rows
 from curate.kernels.rademacher import stream_key
 from curate.kernels.sketch import sketch, sketch_matrix, sketch_rows, sketch_vector
@@ -192,8 +192,8 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
     if full is not None and (pair is not None or indexed is not None):
         return _sq_norm_materialised(gradient, len(full.grad))
     if full is not None:
-        flat = accumulable(full.grad).flatten(1)
-        return torch.linalg.vecdot(flat, flat)
+        grad = accumulable(full.grad).reshape(-1, *gradient.matrix_shape)
+        return inner(grad, grad)
     if pair is None:
         assert indexed is not None, "a gradient without parts"
         return embedding_sq_norm(indexed.index, indexed.right)
@@ -210,8 +210,8 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
 def _sq_norm_materialised(gradient: Gradient, rows: int) -> Tensor:
     squares = []
     for part in chunks(rows, gradient.shape.numel()):
-        flat = gradient.materialised(part).flatten(1)
-        squares.append(torch.linalg.vecdot(flat, flat))
+        grad = gradient.materialised(part)
+        squares.append(inner(grad, grad))
     return torch.cat(squares)
 
 
