@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from curate.pipeline.lock import RunLock
 from curate.pipeline.manifest import Manifest
 from curate.pipeline.schedule import Shape
 from curate.pipeline.storage import Folder
-from curate.pipeline.train import Engine, seed_numbers, settings_for
+from curate.pipeline.train import Engine, check_engine, seed_numbers, settings_for
 from curate.pipeline.train_progress import evaluation_progress
 from curate.pipeline.train_settings import (
     Match,
@@ -99,6 +100,7 @@ def evaluate(
         records=False,
         out=out,
     )
+    check_engine(engine)
     tested = test if isinstance(test, Corpus) else open_corpus(test)
     _check_test(settings, tested)
     plan = Plan(settings, tested, settings.out)
@@ -118,6 +120,7 @@ def evaluate(
             _run(missing, settings, engine, ray_address, num_gpus, progress)
         finally:
             release_rows()
+        shutil.rmtree(f"{plan.out}/training", ignore_errors=True)  # all that is left is empty
         report = _written_report(plan, arms, numbers)
     return report
 
@@ -201,8 +204,6 @@ def _run(
     num_gpus: float | None,
     progress: bool,
 ) -> None:
-    if engine not in ("local", "ray"):
-        raise ValueError(f"unknown engine {engine!r}; choose one of: local, ray")
     if not jobs:
         return
     with evaluation_progress(len(jobs), progress) as said:

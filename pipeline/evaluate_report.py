@@ -42,7 +42,7 @@ def evaluation_report(
         "steps": settings.length.steps,
         "batch_size": settings.length.batch,
         "model": settings.model,
-        "model_args": settings.model_args,
+        "model_args": settings.to_json()["model_args"],
         "task": settings.task["kind"],
         "corpus": settings.corpus_entry,
         "test": {

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -214,8 +214,7 @@ def run_training(
     progress: bool = True,
 ) -> list[Checkpoint]:
     """Train what is not finished of these seeds and return their checkpoints."""
-    if engine not in ("local", "ray"):
-        raise ValueError(f"unknown engine {engine!r}; choose one of: local, ray")
+    check_engine(engine)
     out = Folder(settings.out)
     _claim(out, settings, overwrite)
     with RunLock(out):
@@ -239,6 +238,12 @@ def seed_numbers(seeds: int | Sequence[int]) -> list[int]:
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds must be a number above 0 or different numbers from 0, got {seeds}")
     return numbers
+
+
+def check_engine(engine: str) -> None:
+    """Raise ValueError for the name of an engine that there is not."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"unknown engine {engine!r}; choose one of: {', '.join(get_args(Engine))}")
 
 
 def _task(corpus: Corpus, task: str | None, options: Mapping[str, Any] | None, model: str) -> Task:

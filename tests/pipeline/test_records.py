@@ -1,5 +1,7 @@
 """What training notes about rows: observations, their folding, and records.parquet."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,7 +53,7 @@ def naive(trace):
         events, learned = [], []
         for k in range(tokens):
             bits = [t[3][k] for t in mine]
-            forgot = sum(a and not b for a, b in zip(bits, bits[1:], strict=False))
+            forgot = sum(a and not b for a, b in pairwise(bits))
             events.append(forgot if any(bits) else len(bits))
             learned.append(any(bits))
         aum = np.mean([t[2] for t in mine]) if tokens else np.nan

@@ -487,7 +487,7 @@ def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
 def test_a_manifest_of_another_corpus_is_refused(corpus, tmp_path):
     other = write_digits(tmp_path / "other.parquet", range(90))
     path = manifest(corpus, tmp_path / "m", range(30))
-    with pytest.raises(ValueError, match="the data of .* is not usable"):
+    with pytest.raises(ValueError, match=r"the data of .* is not usable"):
         train(other, **QUICK, manifest=path, out=tmp_path / "run")
 
 
