@@ -125,6 +125,10 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The python of a new environment that borrows the dependencies of this one, not `curate`."""
     folder = tmp_path_factory.mktemp("venv") / "venv"
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    listed = run(python, "-m", "pip", "list", "--format=freeze", cwd=folder.parent)
+    if "setuptools==" in listed:  # an old one of the venv would hide the borrowed one
+        run(python, "-m", "pip", "uninstall", "--yes", "setuptools", cwd=folder.parent)
     (home,) = (folder / "lib").glob("python*/site-packages")
     borrowed = home.parent / "borrowed"
     borrowed.mkdir()
@@ -132,7 +136,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "curate" not in path.name and path.suffix != ".pth":
             (borrowed / path.name).symlink_to(path)
     (home / "borrowed.pth").write_text(f"{borrowed}\n")
-    return folder / "bin" / "python"
+    return python
 
 
 @pytest.mark.slow

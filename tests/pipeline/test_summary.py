@@ -40,9 +40,7 @@ floats = st.floats(-1e6, 1e6, width=32)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.none(), floats), min_size=1, max_size=60), st.integers(1, 20))
-def test_a_pass_in_batches_gives_what_numpy_gives(
-    values: list[float | None], batch: int
-) -> None:
+def test_a_pass_in_batches_gives_what_numpy_gives(values: list[float | None], batch: int) -> None:
     summary = summarize(MemoryTable({"a": values}, batch), ["a"], extremes=4)
     column = summary.columns["a"]
     there = np.array([v for v in values if v is not None])
