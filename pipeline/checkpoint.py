@@ -19,14 +19,13 @@ from typing import Any
 
 from torch import nn
 
-from curate.pipeline.models import (
-    absolute_model,
+from curate.pipeline.huggingface import (
     architecture,
     architecture_name,
     is_transformer,
-    make_model,
     pretrained,
 )
+from curate.pipeline.models import absolute_model, make_model
 from curate.pipeline.tokenizers import TOKENIZER_FILES, tokenizer
 from curate.pipeline.user_code import file_digest, is_user_code
 from curate.pipeline.weights import (

@@ -6,13 +6,13 @@ Shapes: B documents, S windows, T tokens of a window, V vocabulary.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from curate.kernels.cross_entropy import token_cross_entropy
@@ -29,6 +29,8 @@ from curate.pipeline.tasks.arrays import (
     storage_type,
 )
 from curate.pipeline.tasks.calls import call
+from curate.pipeline.tasks.packing import Packed as Packed
+from curate.pipeline.tasks.packing import pack
 from curate.pipeline.tasks.schema import TOKEN_NAMES, id_column, require
 from curate.pipeline.tasks.text_classification import vocabulary
 from curate.pipeline.tasks.texts import (
@@ -47,25 +49,6 @@ LARGEST_CONTEXT = 2048
 """Tokens of a window unless `context` says otherwise: longer ones cost memory that few want."""
 BUILT_IN_CONTEXT = 256
 log = logging.getLogger("curate.tasks")
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Documents end to end in windows of one length, for training; padding only at the very end.
-
-    `targets[s, t]` follows `input_ids[s, t]`. `weights` and `row_ids` are those of the document
-    that the target token belongs to.
-    """
-
-    input_ids: Int[Tensor, "s t"]
-    targets: Int[Tensor, "s t"]
-    weights: Float[Tensor, "s t"]
-    row_ids: Int[Tensor, "s t"]
-
-    def to(self, device: torch.device | str) -> "Packed":
-        """Return the same on `device`."""
-        moved = (self.input_ids, self.targets, self.weights, self.row_ids)
-        return Packed(*(tensor.to(device) for tensor in moved))
 
 
 @dataclass
@@ -100,7 +83,7 @@ class CausalLM(Task):
         row_loss: str = "mean",
         append_eos: bool | str = False,
         vocab_size: int | str | None = None,
-    ) -> Self:
+    ) -> "CausalLM":
         """Return the task for this corpus, with the model's tokenizer and context unless given.
 
         Raises:
@@ -129,7 +112,7 @@ class CausalLM(Task):
         )
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> Self:
+    def from_description(cls, description: Mapping[str, Any]) -> "CausalLM":
         """Return the task that `describe` described."""
         columns = description["columns"]
         return cls(
@@ -237,34 +220,13 @@ class CausalLM(Task):
         token but the stream's first is a target, with its document's weight (1 by default).
         """
         values, offsets = ragged(encoded.column("tokens"))
-        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        end = self._end_token()
-        if end is not None:
-            closes = values[offsets[1:] - 1] != end
-            if (values[offsets[:-1]] == end).all():  # the next document's first token parts them
-                closes[:] = False
-            at, ended = offsets[1:][closes], np.flatnonzero(closes)
-            values, rows = np.insert(values, at, end), np.insert(rows, at, ended)
-        return self._windows(values, rows, weights)
+        end, pad = self._end_token(), pad_token(self.tokenizer)
+        return pack(values, offsets, weights, context=self.context, end=end, pad=pad)
 
     def packed_loss(self, model: nn.Module, packed: Packed) -> Float[Tensor, ""]:
         """Return sum(w_doc · loss_token) / sum(w_doc) over the packed target tokens."""
         tokens = token_cross_entropy(call(model, {"input_ids": packed.input_ids}), packed.targets)
         return (tokens * packed.weights).sum() / packed.weights.sum()
-
-    def _windows(self, values: np.ndarray, rows: np.ndarray, weights: Tensor | None) -> Packed:
-        starts = np.arange(0, len(values) - 1, self.context)
-        lengths = np.minimum(len(values) - 1 - starts, self.context)
-        pad = pad_token(self.tokenizer)
-        ids = torch.from_numpy(padded(rows, starts + 1, lengths, 0))
-        targets = torch.from_numpy(padded(values, starts + 1, lengths, IGNORE))
-        each = torch.ones(int(rows.max()) + 1) if weights is None else weights.float().cpu()
-        return Packed(
-            torch.from_numpy(padded(values, starts, lengths, pad)),
-            targets,
-            each[ids] * (targets != IGNORE),
-            ids,
-        )
 
     def _with_end(self, values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = self._end_token()

@@ -6,7 +6,7 @@ Shapes: B rows, F features.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -105,7 +105,7 @@ class TabularClassification(Classification):
         inputs: str | Sequence[str] | None = None,
         label: str | None = None,
         classes: int | str | Sequence[str | int] | None = None,
-    ) -> Self:
+    ) -> "TabularClassification":
         """Return the task for this corpus. Reads it twice: for the words, for mean and deviation.
 
         Raises:
@@ -119,7 +119,7 @@ class TabularClassification(Classification):
         return made
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> Self:
+    def from_description(cls, description: Mapping[str, Any]) -> "TabularClassification":
         """Return the task that `describe` described."""
         features = tuple(_from_json(one) for one in description["preprocess"]["features"])
         return cls(**described(description), features=features)

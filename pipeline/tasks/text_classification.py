@@ -6,7 +6,7 @@ Shapes: B rows, T tokens.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +62,7 @@ class TextClassification(Classification):
         classes: int | str | Sequence[str | int] | None = None,
         tokenizer: str | None = None,
         max_length: int | str | None = None,
-    ) -> Self:
+    ) -> "TextClassification":
         """Return the task for this corpus, with the model's tokenizer unless one is given.
 
         Raises:
@@ -92,7 +92,7 @@ class TextClassification(Classification):
         )
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> Self:
+    def from_description(cls, description: Mapping[str, Any]) -> "TextClassification":
         """Return the task that `describe` described."""
         kept = {k: v for k, v in description["preprocess"].items() if k != "labels"}
         return cls(**described(description), **kept)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate.pipeline.models import is_huggingface
+from curate.pipeline.huggingface import is_huggingface
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import combined, is_string, storage_type
 from curate.pipeline.tasks.schema import TEXT_NAMES, TEXT_PAIRS, inputs_left
