@@ -48,6 +48,8 @@ class Call:
     outputs: list[torch.Size] = field(default_factory=list)
     routes: bool = False
     reordered: bool = False
+    after_reorder: bool = False
+    """It began after an enclosing module had sorted the rows."""
 
 
 @dataclass
@@ -76,8 +78,8 @@ class Recording:
     def before(self, key: UseKey, use: Use) -> None: ...
 
     def after(self, key: UseKey, use: Use, out: Tensor) -> Tensor:
-        reordered = any(self.calls[i].reordered for i in self._stack)
-        seen = Seen(use, out.shape, _fingerprint(out.detach()), tuple(self._stack), reordered)
+        print_ = _fingerprint(out.detach())
+        seen = Seen(use, out.shape, print_, tuple(self._stack), self._reordered())
         self.uses[key] = seen
         out = anchored(out, self._anchor)
         assert out.grad_fn is not None, "an anchored value has a history"
@@ -98,6 +100,9 @@ class Recording:
                 self.calls[i].routes = True
         if self._stack and func in _REORDERS and self._along_rows(args, kwargs):
             self.calls[self._stack[-1]].reordered = True
+
+    def _reordered(self) -> bool:
+        return any(self.calls[i].reordered for i in self._stack)
 
     def _along_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Sorting along the row axis puts rows where only this batch's values say."""
@@ -126,8 +131,9 @@ class Recording:
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(name, _shapes((args, kwargs)), after_reorder=self._reordered())
             self._stack.append(len(self.calls))
-            self.calls.append(Call(name, _shapes((args, kwargs))))
+            self.calls.append(call)
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.calls[self._stack.pop()].outputs = _shapes(output)
@@ -222,7 +228,8 @@ def _layout(
     if grown is None:
         if not b.use.may_be_shared or a.shape != b.shape or not b.shape:
             return None
-        layouts = [Layout("shared" if b.shape[0] == 1 else "shared_new")]
+        # Positions [1, T] have a row axis to spread over; positions [T] are given one.
+        layouts = [Layout("shared" if len(b.shape) > 2 and b.shape[0] == 1 else "shared_new")]
     elif not b.use.takes_row_axis(grown, len(b.shape)):
         return None
     elif b.shape[grown] == three.sequences:
@@ -294,7 +301,7 @@ def _call_axes(two: Recording, three: Recording, reverse: Recording) -> dict[str
         if len(runs[0][name]) != len(calls) or len(runs[2][name]) != len(calls):
             continue
         axes = {
-            _axes_of_call(x, y, two.sequences, three.sequences)
+            None if y.after_reorder else _axes_of_call(x, y, two.sequences, three.sequences)
             for x, y in zip(runs[0][name], calls, strict=True)
         }
         found[name] = axes.pop() if len(axes) == 1 else None

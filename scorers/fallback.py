@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -201,7 +202,7 @@ class Replay:
     def _slice(self, call: Caught, index: Tensor) -> list[Any]:
         axes = self._input_axes(call)
         return [
-            x if a is None else x.index_select(a, index)
+            x if a is None else self._take(x, a, index)
             for x, a in zip(call.inputs, axes, strict=True)
         ]
 
@@ -209,7 +210,13 @@ class Replay:
         axis = self.axes.outputs[i] if i < len(self.axes.outputs) else None
         if axis is None:
             raise Replan(f"an output of {self.module!r} has no row axis", self.params)
-        return call.grads[i].index_select(axis, index)
+        return self._take(call.grads[i], axis, index)
+
+    def _take(self, x: Tensor, axis: int, index: Tensor) -> Tensor:
+        expected = self.rows if self.row_ids is None else len(self.row_ids)
+        if x.dim() <= axis or x.shape[axis] != expected:
+            raise Replan(f"{self.module!r} was not given the batch's rows", self.params)
+        return x.index_select(axis, index)
 
 
 def whole_model_rows(
@@ -236,7 +243,8 @@ def _differentiable(params: Sequence[Tensor]) -> Iterator[None]:
     try:
         for p in params:
             p.requires_grad_(True)
-        with torch.enable_grad():
+        # Copies on writing, so that a model that overwrites its activations can be asked too.
+        with torch.enable_grad(), allow_mutation_on_saved_tensors():
             yield
     finally:
         for p, flag in zip(params, flags, strict=True):

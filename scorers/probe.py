@@ -73,18 +73,29 @@ def verify(passes: Passes, names: list[str], batch: Any) -> None:
     rows = probe_rows(batch)
     sub, back = select_rows(batch, rows), select_rows(batch, rows[::-1])
     params = {n: p for n, p in named_parameters(passes.model).items() if n in names}
+    _refuse_batch_statistics(passes.model)
     with prepared(passes.model):
         reference = _reference(passes, sub, params)
         again = _reference(passes, select_rows(sub, [0]), params)
         with torch.no_grad():
             together = accumulable(passes.evaluate(sub).loss)
-    _check_independent(passes.model, together, reference, again)
+    _check_independent(together, reference, again)
     tolerance = _tolerance(params, reference.loss)
     needs = Needs({"probe": (frozenset(names), sq_norm)})
     while names:
-        forward, backward = passes.run(sub, needs), passes.run(back, needs)
+        try:
+            forward, backward = passes.run(sub, needs), passes.run(back, needs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # A table spread over the rows did not fit where it went; or the model will not be
+            # watched at all (checkpointing around its first layer), though it runs unwatched.
+            if not _withdraw_shared(passes, names) and not _withdraw_all(passes, names, error):
+                raise
+            continue
         if not _near(forward.loss, reference.loss, tolerance):
-            _withdraw_shared(passes, names)
+            if not _withdraw_shared(passes, names):
+                raise EngineError("the model gives another loss when its parameters are watched")
             continue
         wrong = set()
         for name in names:
@@ -134,9 +145,7 @@ def _near(x: Tensor, y: Tensor, tolerance: float) -> bool:
     return bool(((x - y).abs() <= tolerance * (1 + y.abs()))[finite].all())
 
 
-def _check_independent(
-    model: nn.Module, together: Tensor, reference: Reference, again: Reference
-) -> None:
+def _check_independent(together: Tensor, reference: Reference, again: Reference) -> None:
     tolerance = _tolerance({}, reference.loss) * 10
     if not _near(again.loss, reference.loss[:1], tolerance):
         raise EngineError(
@@ -145,25 +154,43 @@ def _check_independent(
         )
     if _near(together, reference.loss, tolerance):
         return
-    suspects = [
-        name for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None
-        and not isinstance(m, nn.modules.instancenorm._InstanceNorm)
-    ]  # fmt: skip
-    where = f" ({', '.join(suspects[:5])} takes its statistics from the batch)" if suspects else ""
     raise EngineError(
-        f"a row's loss depends on the other rows of its batch{where}, so per-row gradients "
-        "are not defined; make the rows independent in evaluation mode"
+        "a row's loss depends on the other rows of its batch, so per-row gradients are not "
+        "defined; make the rows independent in evaluation mode"
     )
 
 
-def _withdraw_shared(passes: Passes, names: list[str]) -> None:
-    """Demote what was spread over the rows: the model took it otherwise than we thought."""
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    suspects = [
+        name for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+    ]  # fmt: skip
+    if suspects:
+        raise EngineError(
+            f"{', '.join(suspects[:5])} takes its statistics from the batch, so a row's loss "
+            "depends on the other rows; give it running statistics (track_running_stats=True)"
+        )
+
+
+def _withdraw_shared(passes: Passes, names: list[str]) -> bool:
+    """Demote what was spread over the rows: the model took it otherwise than we thought.
+
+    Returns whether there was anything to demote.
+    """
     shared = {k for k, layout in passes.plan.layouts.items() if layout.kind.startswith("shared")}
     affected = {n for k in shared for n in k[1] if n in names}
     affected = passes.plan.names("analytic", affected)
-    if not affected:
-        raise EngineError("the model gives another loss when its parameters are watched")
     for key in shared:
         del passes.plan.layouts[key]
     passes.plan.demote(affected, "not used as one table shared by all rows")
+    return bool(affected)
+
+
+def _withdraw_all(passes: Passes, names: list[str], error: RuntimeError) -> bool:
+    """Send every parameter through the whole model row by row, if any went another way."""
+    if all(passes.plan.path(name) == WHOLE for name in names):
+        return False
+    reason = str(error).strip().split("\n")[0]
+    log.warning("the model cannot be watched (%s); its rows are taken one by one", reason)
+    passes.plan.choices |= {name: [WHOLE] for name in names}
+    return True
