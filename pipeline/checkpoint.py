@@ -55,7 +55,7 @@ class Checkpoint:
     model_args: dict[str, Any]
     task: dict[str, Any] | None
     seed: int
-    epoch: float | None
+    epoch: int | float | None
     step: int
     lr: float | None
     rows_seen: int | None
@@ -78,7 +78,7 @@ def save_checkpoint(
     task: Mapping[str, Any],
     seed: int,
     step: int,
-    epoch: float | None = None,
+    epoch: int | float | None = None,
     lr: float | None = None,
     rows_seen: int | None = None,
     corpus: Mapping[str, Any] | None = None,
@@ -153,7 +153,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{folder / META} lacks {error}") from None
 
 
-def find_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> list[Checkpoint]:
+def find_checkpoints(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[Checkpoint]:
     """Return all checkpoints at these folders, parents of folders, or globs, by (seed, step).
 
     Folders of the Hugging Face Trainer tell no seed: each parent folder counts as one, numbered
@@ -206,7 +208,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         copy_weights(model, whole)
 
 
-def records_path(paths: str | os.PathLike[str] | Sequence[str]) -> str | None:
+def records_path(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str | None:
     """Return the training records beside these checkpoints, None where training left none."""
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     for path in given:

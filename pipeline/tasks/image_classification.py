@@ -77,11 +77,11 @@ class ImageClassification(Classification):
         classes: int | str | Sequence[str | int] | None = None,
         shape: str | Sequence[int] | None = None,
         layout: str | None = None,
-        scale: float | str | None = None,
+        scale: int | float | str | None = None,
         mode: str | None = None,
         resize: str | int | Sequence[int] | None = None,
-        mean: str | float | Sequence[float] | None = None,
-        std: str | float | Sequence[float] | None = None,
+        mean: str | int | float | Sequence[float] | None = None,
+        std: str | int | float | Sequence[float] | None = None,
         root: str | None = None,
     ) -> "ImageClassification":
         """Return the task for this corpus; what is not given is read off its first rows.
@@ -226,7 +226,7 @@ class ImageClassification(Classification):
         rows: pa.Table,
         given: tuple[int, ...] | None,
         layout: str | None,
-        scale: float | str | None,
+        scale: int | float | str | None,
     ) -> None:
         (name,) = self.inputs
         dims = dims_of(schema, rows, name)

@@ -25,7 +25,7 @@ def sizes(value: str | int | Sequence[int], option: str) -> tuple[int, ...]:
     return found
 
 
-def numbers(value: str | float | Sequence[float], option: str) -> tuple[float, ...]:
+def numbers(value: str | int | float | Sequence[float], option: str) -> tuple[float, ...]:
     """Return numbers from `0.5,0.5`, one number or a sequence."""
     parts = value.split(",") if isinstance(value, str) else value
     try:

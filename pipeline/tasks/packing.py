@@ -35,7 +35,7 @@ class Packed:
 
 def pack(
     values: Int[np.ndarray, " n"],
-    offsets: Int[np.ndarray, " b+1"],
+    offsets: Int[np.ndarray, " bounds"],
     weights: Float[Tensor, " b"] | None = None,
     *,
     context: int,

@@ -194,7 +194,7 @@ def test_mean_and_std_come_after_the_scale(corpus: Write, read_all: Callable) ->
     opened = corpus(
         {"image": pa.array([png(np.full((4, 4, 3), 51, np.uint8))] * 2), "label": [0, 1]}
     )
-    task = make_task("image_classification", opened, mean="0.1,0.2,0.3", std=[1, 2, 4])
+    task = make_task("image_classification", opened, mean="0.1,0.2,0.3", std=[1.0, 2.0, 4.0])
     again = task_from_description(task.describe())
     image = again.collate(again.encode(read_all(opened))).inputs["images"][0]
     assert image[:, 0, 0].tolist() == pytest.approx([0.1, 0.0, -0.025])
