@@ -152,7 +152,7 @@ def test_an_install_gives_the_package_and_the_command(
     target = {"wheel": [str(wheel)], "plain": [str(checkout)], "editable": ["-e", str(checkout)]}
     run(*pip, *target[how], cwd=tmp_path)
     try:
-        new = {path.name for path in site_packages.iterdir()} - before
+        new = {path.name for path in site_packages.iterdir()} - before - {"__pycache__"}
         assert f"curate-{curate.__version__}.dist-info" in new
         assert all("curate" in name for name in new), new
         where = run(
