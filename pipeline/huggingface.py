@@ -125,11 +125,11 @@ def prepared(model: nn.Module) -> nn.Module:
     """Return a Hugging Face model set up for training and scoring on whole batches."""
     config: Any = model.config
     config.use_cache = False
-    if getattr(config, "pad_token_id", None) is None:
+    # A decoder that classifies looks for the last token that is no padding.
+    classifies = "SequenceClassification" in type(model).__name__
+    if classifies and getattr(config, "pad_token_id", None) is None:
         eos = getattr(config, "eos_token_id", None)
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    if config.pad_token_id is None and hasattr(config, "vocab_size"):
-        config.pad_token_id = 0
+        config.pad_token_id = (eos[0] if isinstance(eos, list) else eos) or 0
     return model.train()
 
 

@@ -36,7 +36,6 @@ from curate.pipeline.tasks.text_classification import vocabulary
 from curate.pipeline.tasks.texts import (
     POSITION_KEYS,
     config_value,
-    pad_token,
     text_columns,
     tokenize,
     tokenizer_source,
@@ -197,7 +196,7 @@ class CausalLM(Task):
         nth = np.arange(len(row_ids)) - np.repeat(np.cumsum(windows) - windows, windows)
         lengths = np.minimum(predictors[row_ids] - nth * self.context, self.context)
         starts = offsets[row_ids] + nth * self.context
-        inputs = torch.from_numpy(padded(values, starts, lengths, pad_token(self.tokenizer)))
+        inputs = torch.from_numpy(padded(values, starts, lengths, self._filler()))
         targets = torch.from_numpy(padded(values, starts + 1, lengths, IGNORE))
         is_cut = len(row_ids) > encoded.num_rows
         ids = torch.from_numpy(row_ids) if is_cut else None
@@ -220,8 +219,8 @@ class CausalLM(Task):
         token but the stream's first is a target, with its document's weight (1 by default).
         """
         values, offsets = ragged(encoded.column("tokens"))
-        end, pad = self._end_token(), pad_token(self.tokenizer)
-        return pack(values, offsets, weights, context=self.context, end=end, pad=pad)
+        end, fill = self._end_token(), self._filler()
+        return pack(values, offsets, weights, context=self.context, end=end, fill=fill)
 
     def packed_loss(self, model: nn.Module, packed: Packed) -> Float[Tensor, ""]:
         """Return sum(w_doc · loss_token) / sum(w_doc) over the packed target tokens."""
@@ -233,6 +232,12 @@ class CausalLM(Task):
         if end is None:
             raise ValueError("append_eos needs a tokenizer that has an end token")
         return np.insert(values, offsets[1:], end), offsets + np.arange(len(offsets))
+
+    def _filler(self) -> int:
+        """Return a token that means nothing: models ask for a mask where they see padding."""
+        if self.tokenizer in (None, BYTES):
+            return 0
+        return int(tokenizer(self.tokenizer).pad_token_id == 0)
 
     def _end_token(self) -> int | None:
         if self.tokenizer is None:

@@ -40,7 +40,7 @@ def pack(
     *,
     context: int,
     end: int | None,
-    pad: int = 0,
+    fill: int = 0,
 ) -> Packed:
     """Return the documents values[offsets[i]:offsets[i + 1]] in windows of `context` tokens.
 
@@ -57,5 +57,5 @@ def pack(
     row_ids = torch.from_numpy(padded(rows, starts + 1, lengths, 0))
     targets = torch.from_numpy(padded(values, starts + 1, lengths, IGNORE))
     each = torch.ones(len(offsets) - 1) if weights is None else weights.float().cpu()
-    inputs = torch.from_numpy(padded(values, starts, lengths, pad))
+    inputs = torch.from_numpy(padded(values, starts, lengths, fill))
     return Packed(inputs, targets, each[row_ids] * (targets != IGNORE), row_ids)

@@ -98,25 +98,30 @@ def test_an_encoder_without_a_head_gets_a_seeded_one(
     )
 
 
+@pytest.fixture(params=["bert_folder", "gpt2_folder", "llama_folder"])
+def classifier_folder(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
 def test_a_classified_text_has_the_loss_that_transformers_gives_it_alone(
-    bert_folder: str, corpus: Write, read_all: Callable, sentences: list[str], tmp_path: Path
+    classifier_folder: str, corpus: Write, read_all: Callable, sentences: list[str], tmp_path: Path
 ) -> None:
     labels = ["x", "y", "x", "y", "x"]
     opened = corpus({"text": sentences, "label": labels})
-    task = make_task("text_classification", opened, model=bert_folder)
+    task = make_task("text_classification", opened, model=classifier_folder)
     args = model_args(task)
-    model = make_model(bert_folder, **args).eval()
+    model = make_model(classifier_folder, **args).eval()
     batch = task.collate(task.encode(read_all(opened)))
     outputs = task.outputs(model, batch)
-    tokens = tokenizer(bert_folder)
+    tokens = tokenizer(classifier_folder)
     for text, label, loss in zip(sentences, labels, outputs.loss, strict=True):
-        made = tokens(text, return_tensors="pt", truncation=True, max_length=24)
+        made = tokens(text, return_tensors="pt", truncation=True, max_length=task.max_length)
         alone = model(**made, labels=torch.tensor([["x", "y"].index(label)]))
         assert loss.item() == pytest.approx(alone.loss.item(), 1e-5)
     save_checkpoint(
         tmp_path / "seed0-step000002",
         model,
-        spec=bert_folder,
+        spec=classifier_folder,
         model_args=args,
         task=task.describe(),
         seed=0,
