@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curate.pipeline.attempts import FOLDER as ATTEMPTS
 from curate.pipeline.attempts import LETHAL
@@ -25,6 +24,7 @@ from curate.pipeline.score_table import (
     SUCCESS,
     UNITS,
     digest_of_parts,
+    open_parquet,
     parquet_bytes,
     part_name,
     read_receipt,
@@ -177,8 +177,8 @@ def _errors(
         if not found["bad_rows"] and not found["quarantined"]:
             continue
         columns = [n for n in schema.names if n != "unit"]
-        with folder.open(part_name(unit.number)) as file:
-            for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
+        with open_parquet(folder, part_name(unit.number)) as file:
+            for batch in file.iter_batches(ROW_GROUP, columns=columns, use_threads=False):
                 rows = pa.Table.from_batches([batch]).filter(pc.is_valid(batch["error"]))
                 number = pa.array([unit.number] * rows.num_rows, pa.int32())
                 rows = rows.append_column("unit", number).select(schema.names)

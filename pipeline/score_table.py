@@ -6,6 +6,7 @@ A folder `RUN/scores/` holds `_meta.json` (what was asked), `units.parquet` (the
 tells the time, the machine or how often the run was killed.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -81,6 +82,19 @@ def part_name(unit: int) -> str:
     return f"part-{unit:05d}.parquet"
 
 
+@contextlib.contextmanager
+def open_parquet(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
+    """Give the file opened for reading.
+
+    Local files are opened by Arrow itself: its threads may still hold a Python file when the
+    interpreter ends, which then aborts ("terminate called without an active exception").
+    """
+    path = folder.local_path(name)
+    source = pa.PythonFile(folder.open(name), "r") if path is None else pa.OSFile(str(path))
+    with source, pq.ParquetFile(source) as file:
+        yield file
+
+
 def parquet_bytes(table: pa.Table, metadata: Mapping[bytes, bytes] | None = None) -> bytes:
     """Return the table as Parquet, the same bytes for the same table (one pyarrow version)."""
     table = table.replace_schema_metadata(metadata or None)
@@ -96,7 +110,8 @@ def write_part(folder: Folder, unit: int, table: pa.Table, receipt: dict[str, An
     """
     text = json.dumps(receipt, sort_keys=True, separators=(",", ":")).encode()
     data = parquet_bytes(table.combine_chunks(), {RECEIPT_KEY: text})
-    back = pq.read_table(io.BytesIO(data))
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        back = file.read(use_threads=False)
     assert back.num_rows == table.num_rows == receipt["rows"], "a part lost rows while written"
     assert back.schema.equals(table.schema), "a part changed its columns while written"
     return folder.create(part_name(unit), data)
@@ -110,8 +125,8 @@ def read_receipt(folder: Folder, unit: int) -> dict[str, Any]:
     """
     name = part_name(unit)
     try:
-        with folder.open(name) as file:
-            metadata = pq.read_metadata(file).metadata or {}
+        with open_parquet(folder, name) as file:
+            metadata = file.metadata.metadata or {}
     except pa.ArrowInvalid:
         metadata = {}
     if RECEIPT_KEY not in metadata:
@@ -135,10 +150,10 @@ class ScoreTable:
         self.rows: int = success["rows"]
         self.scorers: dict[str, dict[str, Any]] = meta["scorers"]
         self.corpus: dict[str, Any] = meta["corpus"]
-        with folder.open(UNITS) as file:
-            self.units: pa.Table = pq.read_table(file)
-        with folder.open(part_name(0)) as file:
-            self.schema: pa.Schema = pq.read_schema(file).remove_metadata()
+        with open_parquet(folder, UNITS) as file:
+            self.units: pa.Table = file.read(use_threads=False)
+        with open_parquet(folder, part_name(0)) as file:
+            self.schema: pa.Schema = file.schema_arrow.remove_metadata()
 
     @classmethod
     def open(cls, path: str | Path) -> "ScoreTable":
@@ -186,12 +201,11 @@ class ScoreTable:
 
     def errors(self) -> pa.Table:
         """Return the rows that could not be scored: shard, row, unit, error."""
-        with self.folder.open(ERRORS) as file:
-            return pq.read_table(file)
+        with open_parquet(self.folder, ERRORS) as file:
+            return file.read(use_threads=False)
 
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         for unit in range(self.success["units"]):
-            with self.folder.open(part_name(unit)) as file:
-                reader = pq.ParquetFile(file)
-                for batch in reader.iter_batches(batch_size=ROW_GROUP, columns=columns):
+            with open_parquet(self.folder, part_name(unit)) as file:
+                for batch in file.iter_batches(ROW_GROUP, columns=columns, use_threads=False):
                     yield batch.select(columns)

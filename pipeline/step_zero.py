@@ -4,11 +4,10 @@ import logging
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from scipy.stats import spearmanr
 
-from curate.pipeline.score_table import part_name
+from curate.pipeline.score_table import open_parquet, part_name
 from curate.pipeline.storage import Folder
 from curate.pipeline.task import Task
 from curate.pipeline.tasks.registry import task_from_description
@@ -62,8 +61,8 @@ def input_norm_correlations(work: Work, units: list[Unit]) -> dict[str, float | 
             log.warning("rank correlation with the input norm: not defined for token inputs")
             return dict.fromkeys(aliases)
         norms.append(found)
-        with Folder(work.out).open(part_name(unit.number)) as file:
-            tables.append(pq.read_table(file, columns=aliases))
+        with open_parquet(Folder(work.out), part_name(unit.number)) as file:
+            tables.append(file.read(aliases, use_threads=False))
         if sum(map(len, norms)) >= ROWS:
             break
     norm, scores = np.concatenate(norms)[:ROWS], pa.concat_tables(tables).slice(0, ROWS)

@@ -4,16 +4,14 @@ A unit is a shard, a range of rows of a large shard, or several tiny shards in a
 made once per run and written down; order comes from it, never from file names.
 """
 
-import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curate.pipeline.score_table import UNITS, parquet_bytes
+from curate.pipeline.score_table import UNITS, open_parquet, parquet_bytes
 from curate.pipeline.storage import Folder
 
 UNIT_SECONDS = 120.0
@@ -101,7 +99,8 @@ def write_units(folder: Folder, units: Sequence[Unit]) -> None:
 
 def read_units(folder: Folder) -> list[Unit]:
     """Return the plan of a run."""
-    table = pq.read_table(io.BytesIO(folder.read(UNITS)))
+    with open_parquet(folder, UNITS) as file:
+        table = file.read(use_threads=False)
     spans: dict[int, list[Span]] = {}
     for unit, *span in zip(*(column.to_pylist() for column in table.columns), strict=True):
         spans.setdefault(unit, []).append(Span(*span))
