@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from curate.pipeline.tokenizers import is_local
+
 OFFERED = frozenset({"num_classes", "vocab_size", "input_shape", "context"})
 """What a task offers to any model: left out for a model that does not take it."""
 log = logging.getLogger("curate.models")
@@ -57,13 +59,15 @@ def pretrained(
             model, info = getattr(transformers, class_name).from_pretrained(
                 folder,
                 trust_remote_code=False,
-                local_files_only=Path(folder).is_dir(),
+                local_files_only=is_local(folder),
                 output_loading_info=True,
                 dtype="float32",
                 **arguments,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         said = f"model {folder} cannot be loaded with {class_name}: {_first_line(error)}"
+        if not Path(folder).is_dir():
+            said = f"{folder} is no folder, and {said}"
         raise ValueError(said) from error
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh and whole:

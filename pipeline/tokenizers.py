@@ -1,13 +1,17 @@
 """Tokenizers from Hugging Face folders, and the bytes of UTF-8 as a vocabulary of their own."""
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from curate.pipeline.hub import _is_reachable
+
 BYTES = "bytes"
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 BYTE_VOCABULARY = 257
 DOCUMENT = 256
 """The byte vocabulary's extra token: it opens every document and parts packed ones."""
@@ -39,11 +43,19 @@ def tokenizer(source: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            source, local_files_only=Path(source).is_dir(), trust_remote_code=False
+            source, local_files_only=is_local(source), trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"no tokenizer can be loaded from {source}: {said}") from error
+
+
+def is_local(source: str) -> bool:
+    """Tell whether a folder or hub name must be found on this machine, the hub's cache included.
+
+    Asked before the hub's client is: it would retry for half a minute.
+    """
+    return Path(source).is_dir() or not _is_reachable(HUB)
 
 
 def tokenizer_digest(source: str) -> str | None:

@@ -1,5 +1,6 @@
 """The built-in models, the user's own, and what is refused."""
 
+import time
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_a_wrong_model_is_answered_in_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         make_model(spec, **args)
+
+
+def test_a_folder_that_is_not_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curate.pipeline.tokenizers._is_reachable", lambda _: False)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="models/gone is no folder, and model models/gone cannot"):
+        make_model("models/gone", num_classes=3)
+    assert time.monotonic() - start < 10
 
 
 def test_paths_in_a_spec_become_absolute(
