@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -33,6 +33,7 @@ class Placed:
         return Placed(self.shard[start:stop], self.row[start:stop], self.weight[start:stop])
 
 
+@runtime_checkable
 class Places(Protocol):
     """Positions 0..rows-1, sorted by (shard, row), in groups of consecutive positions."""
 

@@ -33,7 +33,7 @@ class Balanced(Choice):
     by_group: str
     by: str | None = None
     direction: Literal["high", "low"] = "high"
-    shares: Literal["equal", "proportional"] | Mapping[str, float] = "equal"
+    shares: Literal["equal", "proportional"] | Mapping[str | int, float] = "equal"
 
     def __post_init__(self) -> None:
         if isinstance(self.shares, Mapping):

@@ -100,7 +100,7 @@ def _bin_of(upper: Tally, totals: Totals, amount: Totals) -> tuple[Totals, Total
     return np.where(is_open, upper.codes[bins], -1) if len(before) else -np.ones_like(amount), rest
 
 
-def _refined(lower: Tally, open_bins: Totals, bins: Totals, rest: Totals) -> First:
+def _refined(lower: Tally, open_bins: Int64[ndarray, " b"], bins: Totals, rest: Totals) -> First:
     lower.settle()
     key = np.full(len(bins), 0xFFFFFFFF, dtype=np.uint32)
     ties = np.full(len(bins), EVERYTHING, dtype=np.int64)
