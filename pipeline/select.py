@@ -259,6 +259,7 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def _write(table: ScoreTable, request: Request, folder: Folder) -> Manifest:
+    folder.clean_tmp()
     census = Census(table, request.by, request.group)
     rng = np.random.default_rng(request.seed)
     selection = request.selector.select(census, request.budget, rng)
