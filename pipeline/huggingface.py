@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from curate.pipeline.tokenizers import is_local
+from curate.pipeline.tokenizers import located
 
 OFFERED = frozenset({"num_classes", "vocab_size", "input_shape", "context"})
 """What a task offers to any model: left out for a model that does not take it."""
@@ -52,6 +52,7 @@ def pretrained(
     import transformers
 
     arguments = {k: v for k, v in kw.items() if k not in OFFERED}
+    folder = located(folder)
     if "num_classes" in kw:
         arguments |= {"num_labels": kw["num_classes"], "ignore_mismatched_sizes": True}
     try:
@@ -59,15 +60,13 @@ def pretrained(
             model, info = getattr(transformers, class_name).from_pretrained(
                 folder,
                 trust_remote_code=False,
-                local_files_only=is_local(folder),
+                local_files_only=Path(folder).is_dir(),
                 output_loading_info=True,
                 dtype="float32",
                 **arguments,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         said = f"model {folder} cannot be loaded with {class_name}: {_first_line(error)}"
-        if not Path(folder).is_dir():
-            said = f"{folder} is no folder, and {said}"
         raise ValueError(said) from error
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh and whole:

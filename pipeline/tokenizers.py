@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 
 from curate.pipeline.hub import _is_reachable
@@ -41,21 +42,33 @@ def tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    place = located(source)
     try:
         return AutoTokenizer.from_pretrained(
-            source, local_files_only=is_local(source), trust_remote_code=False
+            place, local_files_only=Path(place).is_dir(), trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"no tokenizer can be loaded from {source}: {said}") from error
 
 
-def is_local(source: str) -> bool:
-    """Tell whether a folder or hub name must be found on this machine, the hub's cache included.
+def located(source: str) -> str:
+    """Return a folder or hub name that needs no network where there is none.
 
-    Asked before the hub's client is: it would retry for half a minute.
+    The hub's client would retry for half a minute, for each file that a folder may have.
+
+    Raises:
+        ValueError: it is no folder, the hub cannot be reached, and its cache has no copy.
     """
-    return Path(source).is_dir() or not _is_reachable(HUB)
+    if Path(source).is_dir() or _is_reachable(HUB):
+        return source
+    cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    if not isinstance(cached, str):
+        raise ValueError(
+            f"{source} is no folder, and without network no model of the hub, which has no copy in "
+            "the cache here"
+        )
+    return str(Path(cached).parent)
 
 
 def tokenizer_digest(source: str) -> str | None:
