@@ -13,14 +13,10 @@ from curate.pipeline.evaluate_report import FORMAT, VERSION, draw, evaluation_re
 from curate.pipeline.evaluate_report import format_report as format_report
 from curate.pipeline.lock import RunLock
 from curate.pipeline.manifest import Manifest
-from curate.pipeline.schedule import Shape
 from curate.pipeline.storage import Folder
-from curate.pipeline.train import Engine, check_engine, seed_numbers, settings_for
+from curate.pipeline.train import check_engine, seed_numbers, settings_for
 from curate.pipeline.train_progress import evaluation_progress
 from curate.pipeline.train_settings import (
-    Match,
-    Optimizer,
-    Precision,
     TrainSettings,
     differences,
 )
@@ -42,20 +38,20 @@ def evaluate(
     model_options: Mapping[str, Any] | None = None,
     epochs: int = 10,
     steps: int | None = None,
-    match: Match = "steps",
+    match: str = "steps",
     batch_size: int | None = None,
-    lr: float | None = None,
-    optimizer: Optimizer = "adamw",
-    schedule: Shape = "cosine",
-    warmup: float | None = None,
-    weight_decay: float | None = None,
-    clip_norm: float | None = None,
-    precision: Precision | None = None,
+    lr: int | float | None = None,
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
+    warmup: int | float | None = None,
+    weight_decay: int | float | None = None,
+    clip_norm: int | float | None = None,
+    precision: str | None = None,
     device: str | None = None,
     pack: bool = False,
     threads: int | None = None,
-    num_gpus: float | None = None,
-    engine: Engine = "local",
+    num_gpus: int | float | None = None,
+    engine: str = "local",
     ray_address: str | None = None,
     out: str | os.PathLike[str] = "run/evaluate",
     overwrite: bool = False,
@@ -199,9 +195,9 @@ def _claim(out: Folder, config: Mapping[str, Any], overwrite: bool) -> None:
 def _run(
     jobs: Sequence[tuple[Plan, Arm, int]],
     settings: TrainSettings,
-    engine: Engine,
+    engine: str,
     address: str | None,
-    num_gpus: float | None,
+    num_gpus: int | float | None,
     progress: bool,
 ) -> None:
     if not jobs:

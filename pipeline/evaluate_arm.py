@@ -7,16 +7,18 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from curate.pipeline.corpus import Corpus
-from curate.pipeline.encoded_rows import BadRows, HeldRows, trainable_rows
+from curate.pipeline.encoded_rows import HeldRows, PickedRows
 from curate.pipeline.measure import HeldOut
+from curate.pipeline.places import placed
 from curate.pipeline.random_subset import random_manifest
 from curate.pipeline.reproducible import reproducible
-from curate.pipeline.row_source import RowSource
 from curate.pipeline.storage import Folder
 from curate.pipeline.tasks.registry import task_from_description
 from curate.pipeline.train_settings import TrainSettings
-from curate.pipeline.trainer import Report, SeedTraining, training_source
+from curate.pipeline.trainer import Report, SeedTraining, TrainingRows, training_source
 
 Kind = Literal["full", "random", "subset"]
 
@@ -62,7 +64,7 @@ def run_arm(plan: Plan, arm: Arm, seed: int, report: Report | None = None) -> di
     settings = _arm_settings(plan, arm, seed)
     with reproducible(settings.threads, settings.device):
         bench = _bench(plan)
-        training = SeedTraining(settings, seed, bench.held)
+        training = SeedTraining(settings, seed, bench.rows(settings))
         training.resume()
         model = training.run(report or (lambda step, loss: None), save=False)
         measure = bench.test.measure(model, settings.precision)
@@ -94,8 +96,21 @@ def _arm_settings(plan: Plan, arm: Arm, seed: int) -> TrainSettings:
 class _Bench:
     """What all trainings of an evaluation share in one process: encoded rows."""
 
-    held: tuple[RowSource, HeldRows] | None
+    whole: TrainingRows
     test: HeldOut
+
+    def rows(self, settings: TrainSettings) -> TrainingRows | None:
+        """Return an arm's rows, picked from those of the whole corpus if these are held."""
+        held = self.whole.rows
+        if settings.manifest is None:
+            return self.whole
+        if not isinstance(held, HeldRows):
+            return None
+        source = training_source(settings, task_from_description(settings.task, settings.corpus))
+        first = np.cumsum([0, *(shard.rows for shard in settings.corpus.shards)])
+        pieces = placed(source.places, 0, len(source))
+        at = np.concatenate([first[p.shard] + p.row for p in pieces])
+        return TrainingRows(source, PickedRows(held, at), self.whole.bad)
 
 
 _benches: dict[str, _Bench] = {}
@@ -119,10 +134,5 @@ def release_rows() -> None:
 
 def _new_bench(plan: Plan) -> _Bench:
     settings = plan.settings
-    task = task_from_description(settings.task, settings.corpus)
-    source = training_source(settings, task)
-    presentations = settings.length.presentations
-    rows = trainable_rows(source, task, settings.device, BadRows(), presentations)
-    held = (source, rows) if isinstance(rows, HeldRows) else None
     tested = task_from_description(settings.task, plan.test)
-    return _Bench(held, HeldOut(plan.test, tested, settings.device))
+    return _Bench(TrainingRows.of(settings), HeldOut(plan.test, tested, settings.device))

@@ -96,7 +96,7 @@ def _sums(outputs: Outputs, is_sum: bool) -> tuple[float, float, float]:
         right = float("nan")
         if outputs.targets is not None and outputs.logits is not None:
             right = float(token_statistics(outputs.logits, outputs.targets).correct.sum())
-        return len(loss), float(loss.sum()), right
+        return float(len(loss)), float(loss.sum()), right
     tokens = row_tokens(outputs).double()
     sums = loss if is_sum else loss * tokens
     return float(tokens.sum()), float(sums.sum()), float("nan")

@@ -19,11 +19,13 @@ class RayShare:
     """What one training takes of which cluster."""
 
     threads: int
-    num_gpus: float
+    num_gpus: int | float
     address: str | None
 
     @classmethod
-    def of(cls, settings: TrainSettings, num_gpus: float | None, address: str | None) -> "RayShare":
+    def of(
+        cls, settings: TrainSettings, num_gpus: int | float | None, address: str | None
+    ) -> "RayShare":
         """Return the share of one training: its threads, and a GPU where it runs on one."""
         usual = 1.0 if settings.device.startswith("cuda") else 0.0
         return cls(settings.threads, usual if num_gpus is None else num_gpus, address)

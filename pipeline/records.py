@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -189,9 +189,9 @@ class _Replaced:
         self._folder, self._name = folder, name
         self._final = folder.local_path(name)
 
-    def __enter__(self) -> IO[bytes]:
+    def __enter__(self) -> BinaryIO:
         if self._final is None:
-            self._file: IO[bytes] = io.BytesIO()
+            self._file: BinaryIO = io.BytesIO()
         else:
             self._final.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._final.with_suffix(".tmp").open("wb")

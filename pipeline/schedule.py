@@ -47,7 +47,7 @@ def training_length(
     batch: int,
     epochs: int,
     steps: int | None = None,
-    match: Literal["steps", "epochs"] = "steps",
+    match: str = "steps",
 ) -> Length:
     """Return the length of training on `rows` selected rows of a corpus of `corpus_rows`.
 
@@ -65,10 +65,10 @@ def training_length(
 class Rate:
     """The learning rate of each step: a linear warm-up, then constant or half a cosine to 0."""
 
-    peak: float
-    shape: Shape
+    peak: int | float
+    shape: str
     steps: int
-    warmup: float
+    warmup: int | float
 
     def __call__(self, step: int) -> float:
         """Return the rate of step 1, 2, … `steps`."""

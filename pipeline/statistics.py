@@ -31,7 +31,7 @@ class Interval:
         return self.mean + (self.half_width or 0.0)
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[int | float], level: float = 0.95) -> Interval:
     """Return the mean with its Student t interval, `mean ± t_{n-1} s / sqrt(n)`."""
     if not values:
         raise ValueError("an interval needs at least one value")
@@ -66,7 +66,7 @@ class PairedTest:
         return "better" if self.difference > 0 else "worse"
 
 
-def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
+def paired_test(a: Sequence[int | float], b: Sequence[int | float]) -> PairedTest:
     """Return the paired comparison of `a` against `b`, value by value.
 
     Differences that are all equal have no spread: p_t is then 0, or 1 where they are all zero.

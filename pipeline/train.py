@@ -21,7 +21,6 @@ from curate.pipeline.models import absolute_model, make_model, model_args
 from curate.pipeline.records import RECORDS, merge_records, recorded_seeds
 from curate.pipeline.reproducible import reproducible
 from curate.pipeline.row_source import RowSource
-from curate.pipeline.schedule import Shape
 from curate.pipeline.storage import Folder, absolute
 from curate.pipeline.task import Task
 from curate.pipeline.tasks.causal_lm import CausalLM
@@ -29,9 +28,6 @@ from curate.pipeline.tasks.guess import guess_task
 from curate.pipeline.tasks.registry import make_task
 from curate.pipeline.train_progress import train_progress
 from curate.pipeline.train_settings import (
-    Match,
-    Optimizer,
-    Precision,
     TrainSettings,
     default_device,
     default_precision,
@@ -40,7 +36,13 @@ from curate.pipeline.train_settings import (
     differences,
     recipe,
 )
-from curate.pipeline.trainer import SeedReceipt, is_finished, seed_folder, train_seed
+from curate.pipeline.trainer import (
+    SeedReceipt,
+    TrainingRows,
+    is_finished,
+    seed_folder,
+    train_seed,
+)
 
 CONFIG = "train.json"
 FORMAT, VERSION = "curate.training", 1
@@ -62,20 +64,20 @@ def train(
     steps: int | None = None,
     save_epochs: Sequence[int] | None = None,
     save_steps: Sequence[int] | None = None,
-    match: Match = "steps",
+    match: str = "steps",
     batch_size: int | None = None,
-    lr: float | None = None,
-    optimizer: Optimizer = "adamw",
-    schedule: Shape = "cosine",
-    warmup: float | None = None,
-    weight_decay: float | None = None,
-    clip_norm: float | None = None,
-    precision: Precision | None = None,
+    lr: int | float | None = None,
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
+    warmup: int | float | None = None,
+    weight_decay: int | float | None = None,
+    clip_norm: int | float | None = None,
+    precision: str | None = None,
     device: str | None = None,
     pack: bool = False,
     threads: int | None = None,
-    num_gpus: float | None = None,
-    engine: Engine = "local",
+    num_gpus: int | float | None = None,
+    engine: str = "local",
     ray_address: str | None = None,
     out: str | os.PathLike[str] = "run/checkpoints",
     overwrite: bool = False,
@@ -147,15 +149,15 @@ def settings_for(
     steps: int | None = None,
     save_epochs: Sequence[int] | None = None,
     save_steps: Sequence[int] | None = None,
-    match: Match = "steps",
+    match: str = "steps",
     batch_size: int | None = None,
-    lr: float | None = None,
-    optimizer: Optimizer = "adamw",
-    schedule: Shape = "cosine",
-    warmup: float | None = None,
-    weight_decay: float | None = None,
-    clip_norm: float | None = None,
-    precision: Precision | None = None,
+    lr: int | float | None = None,
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
+    warmup: int | float | None = None,
+    weight_decay: int | float | None = None,
+    clip_norm: int | float | None = None,
+    precision: str | None = None,
     device: str | None = None,
     pack: bool = False,
     threads: int | None = None,
@@ -207,9 +209,9 @@ def run_training(
     settings: TrainSettings,
     seeds: Sequence[int],
     *,
-    engine: Engine = "local",
+    engine: str = "local",
     ray_address: str | None = None,
-    num_gpus: float | None = None,
+    num_gpus: int | float | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Checkpoint]:
@@ -225,7 +227,7 @@ def run_training(
         if engine == "ray" and missing:
             receipts = _train_on_ray(settings, missing, ray_address, num_gpus)
         else:
-            receipts = [_train_here(settings, seed, progress) for seed in missing]
+            receipts = _train_here(settings, missing, progress)
         _say_bad_rows(receipts)
         _finish(out, settings, seeds)
     paths = [out.full_name(p.folder(s)) for s in seeds for p in settings.points]
@@ -330,13 +332,18 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _train_here(settings: TrainSettings, seed: int, progress: bool) -> SeedReceipt:
-    with closing(train_progress(f"seed {seed}", settings.length.steps, progress)) as shown:
-        return train_seed(settings, seed, shown.report)
+def _train_here(settings: TrainSettings, seeds: Sequence[int], progress: bool) -> list[SeedReceipt]:
+    if not seeds:
+        return []
+    rows, receipts = TrainingRows.of(settings), []
+    for seed in seeds:
+        with closing(train_progress(f"seed {seed}", settings.length.steps, progress)) as shown:
+            receipts.append(train_seed(settings, seed, shown.report, rows))
+    return receipts
 
 
 def _train_on_ray(
-    settings: TrainSettings, seeds: Sequence[int], address: str | None, num_gpus: float | None
+    settings: TrainSettings, seeds: Sequence[int], address: str | None, num_gpus: int | float | None
 ) -> list[SeedReceipt]:
     from curate.pipeline.ray_training import RayShare, results_on_ray
 

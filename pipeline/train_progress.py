@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 LOG_EVERY_S = 10.0
 
 log = logging.getLogger("curate.train")
 
 
+@runtime_checkable
 class Progress(Protocol):
     def report(self, step: int, loss: float | None) -> None:
         """Show that `step` steps are done."""

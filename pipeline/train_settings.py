@@ -63,15 +63,15 @@ class TrainSettings:
     selected: int  # rows to train on; the corpus's without a manifest
     epochs: int
     steps: int | None
-    match: Match
+    match: str
     batch_size: int
-    lr: float
-    optimizer: Optimizer
-    schedule: Shape
-    warmup: float
-    weight_decay: float
-    clip_norm: float
-    precision: Precision
+    lr: int | float
+    optimizer: str
+    schedule: str
+    warmup: int | float
+    weight_decay: int | float
+    clip_norm: int | float
+    precision: str
     device: str
     threads: int
     save_epochs: tuple[int, ...] | None
@@ -185,7 +185,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def default_precision(device: str) -> Precision:
+def default_precision(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +75,29 @@ def is_finished(settings: TrainSettings, seed: int) -> bool:
     return done or not settings.records or seed in recorded_seeds(out)
 
 
-def train_seed(settings: TrainSettings, seed: int, report: Report | None = None) -> SeedReceipt:
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows to train on, which seeds may share."""
+
+    source: RowSource
+    rows: HeldRows | PickedRows | StreamedRows
+    bad: BadRows
+
+    @classmethod
+    def of(cls, settings: TrainSettings) -> "TrainingRows":
+        """Return the rows that the settings name."""
+        task = task_from_description(settings.task, settings.corpus)
+        source, bad = training_source(settings, task), BadRows()
+        presentations = settings.length.presentations
+        return cls(source, trainable_rows(source, task, settings.device, bad, presentations), bad)
+
+
+def train_seed(
+    settings: TrainSettings,
+    seed: int,
+    report: Report | None = None,
+    rows: TrainingRows | None = None,
+) -> SeedReceipt:
     """Train one seed to its end and save its checkpoints and records. Runs without Ray.
 
     Killed and called again it goes on from the last state it saved, and ends with the same bytes.
@@ -83,12 +106,13 @@ def train_seed(settings: TrainSettings, seed: int, report: Report | None = None)
     if is_finished(settings, seed):
         return SeedReceipt(seed, 0, 0.0)
     with reproducible(settings.threads, settings.device):
-        training = SeedTraining(settings, seed)
+        training = SeedTraining(settings, seed, rows)
         resumed = training.resume()
         training.run(report or (lambda step, loss: None))
         training.write_records()
     steps = settings.length.steps - resumed
-    bad = tuple((shard, row, why) for (shard, row), why in training.bad.reasons.items())
+    found = training.rows.bad.reasons.items()
+    bad = tuple((shard, row, why) for (shard, row), why in found)
     return SeedReceipt(seed, steps, time.monotonic() - started, bad)
 
 
@@ -96,27 +120,16 @@ class SeedTraining:
     """The state of one seed's training. Make and run it inside `reproducible`."""
 
     def __init__(
-        self, settings: TrainSettings, seed: int, held: tuple[RowSource, HeldRows] | None = None
+        self, settings: TrainSettings, seed: int, rows: TrainingRows | None = None
     ) -> None:
         self.settings, self.seed = settings, seed
         self.task: Task = task_from_description(settings.task, settings.corpus)
         self.folder = seed_folder(settings.out, seed)
-        self.bad = BadRows()
-        self.source = training_source(settings, self.task)
-        rows: HeldRows | PickedRows | StreamedRows
-        if held is None:
-            rows = trainable_rows(
-                self.source,
-                self.task,
-                settings.device,
-                self.bad,
-                settings.length.presentations,
-            )
-        else:
-            rows = PickedRows(held[1], _positions_in(held[0], self.source))
+        self.rows = rows or TrainingRows.of(settings)
         packing = self.task if settings.pack and isinstance(self.task, CausalLM) else None
-        length, device = settings.length, settings.device
-        self.stream = RowStream(self.source, rows, seed, length, device, packing)
+        self.stream = RowStream(
+            self.rows.source, self.rows.rows, seed, settings.length, settings.device, packing
+        )
         seed_all(seed, "weights")
         self.model = make_model(settings.model, **settings.model_args).to(settings.device)
         self.optimizer = _optimizer(settings, self.model)
@@ -162,7 +175,7 @@ class SeedTraining:
     def write_records(self) -> None:
         """Write the seed's records and drop what they were made of; the seed is then done."""
         if self.log is not None:
-            batches = _records(self.seed, self.log, self.source.places)
+            batches = _records(self.seed, self.log, self.rows.source.places)
             write_records(self.folder, batches, [self.seed])
             self.log.rewind(-1)
         self.folder.delete(STATE)
@@ -210,7 +223,7 @@ class SeedTraining:
         for bad in np.flatnonzero(~np.isfinite(host))[:1]:
             ends = np.cumsum([len(f.positions) for f in feds])
             position = np.concatenate([f.positions for f in feds])[bad]
-            (place,) = placed(self.source.places, int(position), int(position) + 1)
+            (place,) = placed(self.rows.source.places, int(position), int(position) + 1)
             raise ValueError(
                 f"training diverged at step {feds[np.searchsorted(ends, bad, 'right')].step}: the "
                 f"loss of row {place.row[0]} of shard {place.shard[0]} is {host[bad]}; lower the "
@@ -234,7 +247,7 @@ class SeedTraining:
             corpus=settings.corpus_entry,
         )
 
-    def _epoch(self, point: SavePoint) -> float:
+    def _epoch(self, point: SavePoint) -> int | float:
         if point.epoch is not None:
             return point.epoch
         return round(self.settings.length.rows_seen(point.step) / self.settings.epoch_rows, 6)
@@ -267,19 +280,12 @@ def training_source(settings: TrainSettings, task: Task) -> RowSource:
     return RowSource.of_manifest(manifest, columns)
 
 
-def _positions_in(larger: RowSource, source: RowSource) -> np.ndarray:
-    """Return where each position of a selection stands in the source of its whole corpus."""
-    first = np.cumsum([0, *(shard.rows for shard in larger.corpus.shards)])
-    pieces = placed(source.places, 0, len(source))
-    return np.concatenate([first[p.shard] + p.row for p in pieces])
-
-
 def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer; biases and norms do not decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"model {settings.model!r} has no parameters to train")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]

@@ -119,7 +119,9 @@ def assert_equal_to_naive(rows, trace):
     assert rows.position.tolist() == list(expected)
     columns = (rows.forgetting, rows.never_learned, rows.aum, rows.last_loss, rows.seen)
     for values, column in zip(zip(*expected.values(), strict=True), columns, strict=True):
-        np.testing.assert_allclose(column.astype(float), np.array(values, float), rtol=1e-6)
+        np.testing.assert_allclose(
+            column.astype(float), np.array(values, float), rtol=1e-6, atol=1e-6
+        )
 
 
 @given(traces())
@@ -184,7 +186,7 @@ def presented(rng, positions, lengths):
         tensors = (torch.from_numpy(x) for x in (targets, logits))
         outputs = Outputs(loss, *tensors, row_ids=torch.from_numpy(row_ids))
     trace = [
-        (int(p), float(x), np.float32(np.mean(m)), [v > 0 for v in m])
+        (int(p), float(x), float(np.float32(np.mean(m))), [v > 0 for v in m])
         for p, x, m in zip(positions, loss, margins, strict=True)
     ]
     return outputs, trace

@@ -28,6 +28,7 @@ from curate.pipeline.records import read_records
 from curate.pipeline.reproducible import reproducible, seed_all
 from curate.pipeline.storage import Folder
 from curate.pipeline.train import run_training, settings_for, train
+from curate.pipeline.trainer import SeedTraining
 from curate.scorers.protocol import IGNORE, Batch, Outputs
 
 TRAIN_ROWS = 300
@@ -178,6 +179,38 @@ def test_batch_norm_trains_and_resumes(corpus, tmp_path, monkeypatch):
 
 def _stopped(self):
     raise InterruptedError("stopped before the records")
+
+
+DROPOUT = """
+from torch import nn
+
+def make(num_classes, input_shape):
+    layers = nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, num_classes)
+    return nn.Sequential(nn.Flatten(), *layers)
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_dropout_and_momentum_survive_a_stop_at_any_step(corpus, tmp_path, monkeypatch, optimizer):
+    (tmp_path / "model.py").write_text(DROPOUT)
+    options = IMAGES | {"model": f"{tmp_path}/model.py:make", "optimizer": optimizer}
+    settings = settings_for(corpus, **options, epochs=2, out=tmp_path / "whole")
+    run_training(settings, [0], progress=False)
+    cut = replace(settings, out=str(tmp_path / "cut"), save_state_s=0.0)
+    step = SeedTraining._take_step
+    for stop in (1, 2, 6):
+
+        def stopping(self, fed, stop=stop):
+            if fed.step == stop:
+                raise InterruptedError
+            step(self, fed)
+
+        monkeypatch.setattr(SeedTraining, "_take_step", stopping)
+        with pytest.raises(InterruptedError):
+            run_training(cut, [0], progress=False)
+    monkeypatch.undo()
+    run_training(cut, [0], progress=False)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 KILLED = """
