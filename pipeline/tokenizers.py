@@ -65,8 +65,8 @@ def located(source: str) -> str:
     cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
     if not isinstance(cached, str):
         raise ValueError(
-            f"{source} is no folder, and without network no model of the hub, which has no copy in "
-            "the cache here"
+            f"{source} is no folder; as a name on the hub it needs the network, or a cached copy, "
+            "and there is neither"
         )
     return str(Path(cached).parent)
 
