@@ -81,7 +81,8 @@ def inner(x: Float[Tensor, "s ..."], y: Float[Tensor, "s ..."]) -> Float[Tensor,
     Along the last axis first, then over the rest: one dot product over millions of elements would
     lose three digits in float32, since BLAS adds them up one after another.
     """
-    return torch.linalg.vecdot(x, y).flatten(1).sum(1)
+    along: Tensor = torch.linalg.vecdot(x, y)
+    return along.flatten(1).sum(1)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

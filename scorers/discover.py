@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from curate.kernels.rademacher import signs, stream_key
 from curate.scorers.parts import Layout
-from curate.scorers.plan import CallAxes, HeadPlan, Path, Plan
+from curate.scorers.plan import WHOLE, CallAxes, HeadPlan, Path, Plan
 from curate.scorers.prepared import canonical_name, named_parameters
 from curate.scorers.protocol import Outputs
 from curate.scorers.taps import Tracer, UseKey, anchored
 from curate.scorers.uses import Use
 
+MOST_OWNERS = 3  # larger modules cost nearly as much as the whole model
 _T = Tensor
 _ROUTES = {
     torch.gather, _T.gather, torch.index_select, _T.index_select, torch.take_along_dim,
@@ -203,10 +204,10 @@ def _static_owners(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _through_owners(owners: list[str], plan: Plan) -> list[Path]:
-    owner = next((m for m in owners if m in plan.leaf_axes), None)
-    if owner is None:
-        return [Path("rows")]
-    return [Path("vmap", owner), Path("rows", owner), Path("rows")]
+    """The smallest module first, after those all of whose outputs are per row."""
+    able = [m for m in owners if m in plan.leaf_axes]
+    able = sorted(able, key=lambda m: None in plan.leaf_axes[m].outputs)[:MOST_OWNERS]
+    return [p for m in able for p in (Path("vmap", m), Path("rows", m))] + [WHOLE]
 
 
 # -- layouts -------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Catcher:
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         leaves, spec = tree_flatten((args, kwargs))
         # Copies: the model may overwrite its activations before we come back to them.
-        kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        kept = [x.detach().clone() if isinstance(x, Tensor) else _plain(x) for x in leaves]
         self.calls[name].append(Caught(kept, spec, {}))
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -96,9 +96,13 @@ class Replay:
     consume: Consume
 
     def by_rows(self) -> None:
-        """Loop over the rows with plain autograd."""
-        self._in_chunks(lambda index: [torch.stack(g) for g in zip(*(
-            self._row(index[row]) for row in range(len(index))), strict=True)])  # fmt: skip
+        """Loop over the rows with plain autograd.
+
+        Raises:
+            Replan: the module cannot be run again on its own.
+        """
+        with self._refusing("running"):
+            self._in_chunks(self._each)
 
     def by_vmap(self) -> None:
         """Take many rows at once under `vmap`.
@@ -106,13 +110,23 @@ class Replay:
         Raises:
             Replan: the module does something that `torch.func` cannot.
         """
-        try:
+        with self._refusing("vmap over"):
             self._in_chunks(self._many)
+
+    @contextmanager
+    def _refusing(self, doing: str) -> Iterator[None]:
+        """Turn what a module says when it cannot be run so into a change of plan."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise Replan(f"vmap over {self.module!r} failed: {reason}", self.params) from None
+            raise Replan(f"{doing} {self.module!r} failed: {reason}", self.params) from None
+
+    def _each(self, rows: list[Tensor]) -> list[Tensor]:
+        grads = [self._row(index) for index in rows]
+        return [torch.stack(g) for g in zip(*grads, strict=True)]
 
     def _in_chunks(self, gradients: Callable[[list[Tensor]], list[Tensor]]) -> None:
         """Deliver [B, ...] to the consumer, made from chunks that keep the scratch bounded."""
@@ -159,37 +173,41 @@ class Replay:
             torch.tensor([len(r) for r in rows], device=index.device),
         )
         for call in self.catcher.calls[self.module]:
-            if not call.grads:
-                continue
-            inputs = self._slice(call, index)
-            axes = self._input_axes(call)
-            seeds = [self._grad(call, i, index) for i in call.grads]
-
-            def one(
-                tensors: tuple[Tensor, ...], seed: tuple[Tensor, ...], call: Caught = call,
-                inputs: list[Any] = inputs, axes: list[int | None] = axes,
-            ) -> dict[str, Tensor]:  # fmt: skip
-                given = iter(tensors)
-                leaves = [x if a is None else next(given).unsqueeze(a)
-                          for x, a in zip(inputs, axes, strict=True)]  # fmt: skip
-                args, kwargs = tree_unflatten(leaves, call.spec)
-
-                def forward(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                    outputs = _tensors(functional_call(module, p, args, kwargs))
-                    return tuple(outputs[i] for i in call.grads)
-
-                outs, pull = vjp(forward, params)
-                seed = tuple(s.reshape(o.shape) for s, o in zip(seed, outs, strict=True))
-                grads: dict[str, Tensor] = pull(seed)[0]
-                return grads
-
-            mapped = tuple(x for x, a in zip(inputs, axes, strict=True) if a is not None)
-            in_axes = tuple(a for a in axes if a is not None)
-            seed_axes = tuple(self.axes.outputs[i] for i in call.grads)
-            grads = vmap(one, in_dims=(in_axes, seed_axes))(mapped, tuple(seeds))
-            for t, name in zip(total, params, strict=True):
-                t.index_add_(0, owner, grads[name])
+            if call.grads:
+                grads = self._one_by_one(module, call, index, params)
+                for t, name in zip(total, params, strict=True):
+                    t.index_add_(0, owner, grads[name])
         return total
+
+    def _one_by_one(
+        self, module: nn.Module, call: Caught, index: Tensor, params: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the gradients [n, ...] of n sequences, each as a batch of its own under vmap."""
+        inputs, axes = self._slice(call, index), self._input_axes(call)
+
+        def one(tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            given = iter(tensors)
+            leaves = [
+                x if a is None else next(given).unsqueeze(a)
+                for x, a in zip(inputs, axes, strict=True)
+            ]
+            args, kwargs = tree_unflatten(leaves, call.spec)
+
+            def forward(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+                outputs = _tensors(functional_call(module, p, args, kwargs))
+                return tuple(outputs[i] for i in call.grads)
+
+            pulled = vjp(forward, params)
+            shaped = tuple(s.reshape(o.shape) for s, o in zip(seeds, pulled[0], strict=True))
+            grads: dict[str, Tensor] = pulled[1](shaped)[0]
+            return grads
+
+        mapped = tuple(x for x, a in zip(inputs, axes, strict=True) if a is not None)
+        in_axes = tuple(a for a in axes if a is not None)
+        seeds = tuple(self._grad(call, i, index) for i in call.grads)
+        seed_axes = tuple(self.axes.outputs[i] for i in call.grads)
+        result: dict[str, Tensor] = vmap(one, in_dims=(in_axes, seed_axes))(mapped, seeds)
+        return result
 
     def _input_axes(self, call: Caught) -> list[int | None]:
         """Return the row axis of every input leaf, None for what is shared or no tensor."""
@@ -227,10 +245,9 @@ def whole_model_rows(
     for row in range(count_rows(batch)):
         with _differentiable(tensors):
             loss = loss_of(select_rows(batch, [row]))
+            grads: Sequence[Tensor | None] = [None] * len(tensors)
             if loss.requires_grad and tensors:
                 grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
-            else:
-                grads = (None,) * len(tensors)
         zeros = (
             torch.zeros_like(p) if g is None else g for g, p in zip(grads, tensors, strict=True)
         )
@@ -249,6 +266,11 @@ def _differentiable(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, flag in zip(params, flags, strict=True):
             p.requires_grad_(flag)
+
+
+def _plain(value: Any) -> Any:
+    """Return an input that is no tensor; None for a cache, which holds the first run's state."""
+    return None if type(value).__name__.endswith("Cache") else value
 
 
 def _tensors(output: Any) -> list[Tensor]:

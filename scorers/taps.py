@@ -47,7 +47,7 @@ class Tracer(TorchFunctionMode):
     """Reports each use of the tracked parameters to a listener, which may replace the output."""
 
     def __init__(self, tracked: Mapping[str, Tensor], listener: Listener) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._params = {id(p): Param(name, p.shape) for name, p in tracked.items()}
         self._alive: list[Tensor] = []  # derived tensors, so that no id is used again
         self._listener, self._seen = listener, Counter[tuple[str, tuple[str, ...]]]()
@@ -219,7 +219,8 @@ class Taps:
         for role in roles:
             self._pending[use.params[role].name] += 1
         if roles or watch is not None:
-            out.register_hook(partial(self._backward, key, use, layout, roles, watch))
+            hook = partial(self._backward, key, use, layout, roles, watch)
+            out.register_hook(hook)  # type: ignore[no-untyped-call]
         return out
 
     def _layout(self, key: UseKey, names: set[str], out: Tensor) -> Layout | None:
