@@ -62,15 +62,21 @@ def token_statistics(logits: Float[Tensor, "*t c"], targets: Int[Tensor, "*t"]) 
         z, y = _others(flat[rows], target[rows])
         top, top_index = z.max(-1)
         z_y = flat[rows].gather(-1, y[:, None]).squeeze(-1).to(z.dtype)
-        loss, e_y, lse = _finish(z, top, z_y)
-        logp = z.sub_(lse[:, None])  # of the other classes; the target's is -inf
-        p = logp.exp()
-        square = p.square().sum(-1).add_(e_y.square())
-        # 0 * -inf: a class with probability 0 adds nothing to the entropy.
-        surprise = p.mul_(logp.neg_().masked_fill_(logp == torch.inf, 0.0)).sum(-1)
+        # One exponential: with w = z - shift and E = exp(w), p = E * exp(shift - lse).
+        shift = _finite(top)
+        w = z.sub_(shift[:, None])
+        e = w.exp()
+        total = e.sum(-1)
+        loss, e_y, lse = _finish(total, shift, z_y)
+        scale = (shift - lse).exp()
+        el2n = torch.hypot(scale * torch.linalg.vecdot(e, e).sqrt(), e_y)  # squares underflow
+        # sum p (lse - z) over the other classes, in two sums of one sign: nothing cancels.
+        # 0 * -inf: a class with probability 0 adds nothing.
+        spread = torch.linalg.vecdot(e, w.clamp_(min=-1e4))
+        surprise = scale * ((lse - shift) * total - spread)
         margin = z_y - top
         correct = (margin > 0) | ((margin == 0) & (y < top_index))
-        values = (square.sqrt(), surprise.add_((1 + e_y) * loss), margin, correct.to(p.dtype))
+        values = (el2n, surprise.add_((1 + e_y) * loss), margin, correct.to(z.dtype))
         ignored = target[rows] == IGNORE
         for column, value in zip(out, values, strict=True):
             column[rows] = value.masked_fill(ignored, 0.0)
@@ -86,7 +92,9 @@ class _CrossEntropy(torch.autograd.Function):
         for rows in _chunks(flat):
             z, y = _others(flat[rows], target[rows])
             z_y = flat[rows].gather(-1, y[:, None]).squeeze(-1).to(z.dtype)
-            loss[rows], e_y[rows], lse[rows] = _finish(z, z.amax(-1), z_y)
+            shift = _finite(z.amax(-1))
+            total = z.sub_(shift[:, None]).exp_().sum(-1)
+            loss[rows], e_y[rows], lse[rows] = _finish(total, shift, z_y)
         ctx.save_for_backward(logits, targets, e_y, lse)
         return loss.masked_fill(target == IGNORE, 0.0).reshape(targets.shape)
 
@@ -114,11 +122,14 @@ def _others(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return z.scatter_(-1, y[:, None], -torch.inf), y
 
 
-def _finish(z: Tensor, top: Tensor, z_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, e_y and the log-sum-exp over all classes; `z` holds the others' logits."""
-    shift = top.masked_fill(top == -torch.inf, 0.0)  # a single class: nothing to shift by
-    o = (z - shift[:, None]).exp_().sum(-1).log_().add_(shift)
-    gap = z_y - o
+def _finite(top: Tensor) -> Tensor:
+    """Return what to shift the logits by; nothing where there is but one class."""
+    return top.masked_fill(top == -torch.inf, 0.0)
+
+
+def _finish(total: Tensor, shift: Tensor, z_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, e_y and the log-sum-exp over all classes; `total` is over the others."""
+    gap = z_y - (total.log() + shift)
     loss = -F.logsigmoid(gap)
     return loss, -torch.sigmoid(-gap), z_y + loss
 
