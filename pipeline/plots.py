@@ -107,7 +107,7 @@ def class_balance(before: Mapping[str, float], after: Mapping[str, Mapping[str, 
     return _svg(figure, "balance")
 
 
-def by_size(classes: Mapping[str, float]) -> list[str]:
+def by_size(classes: Mapping[str, float | int]) -> list[str]:
     """Return the MAX_CLASSES largest classes, in the order of their names (numbers as numbers)."""
     largest = sorted(classes, key=lambda name: (-classes[name], name))[:MAX_CLASSES]
     return sorted(largest, key=lambda name: (not name.isdigit(), len(name) * name.isdigit(), name))
