@@ -97,14 +97,14 @@ class Passes:
             ValueError: the loss is not one number per row.
         """
         outputs = self.outputs(self.model, batch)
-        outputs = Outputs(outputs) if isinstance(outputs, Tensor) else outputs
-        rows, shape = count_rows(batch), tuple(outputs.loss.shape)
+        loss = outputs if isinstance(outputs, Tensor) else outputs.loss
+        rows, shape = count_rows(batch), tuple(loss.shape)
         if shape != (rows,):
             raise ValueError(
                 f"the loss must be one number per row, shape ({rows},), but has shape {shape}; "
                 "use reduction='none' and average over tokens only"
             )
-        return outputs
+        return Outputs(loss) if isinstance(outputs, Tensor) else outputs
 
 
 class _Pass:

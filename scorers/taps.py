@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Replan(Exception):
         self.reason, self.names, self.copy = reason, frozenset(names), copy
 
 
+@runtime_checkable
 class Listener(Protocol):
     """What a tracer reports to."""
 
@@ -280,6 +281,7 @@ class Taps:
         self.consume(join(name, self.shapes[name], parts, self.rows, self.row_ids))
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Looks at one use as a whole, beside the collection of its parameters."""
 
