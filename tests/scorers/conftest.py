@@ -294,6 +294,19 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
     return make(request.param)
 
 
+_QUICK = {"mlp", "gpt2 tied", "lstm", "routed experts", "bare parameters", "encoder, tokens first"}
+
+
+@pytest.fixture(
+    params=[n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in _ZOO]
+)
+def sampled(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """The same, those that add no path of their own among the slow tests; with the truth."""
+    found = make(request.param)
+    found.truth = brute_force(found.model, found.batch, found.loss)
+    return found
+
+
 def make(name: str) -> SimpleNamespace:
     torch.manual_seed(0)
     model, batch, loss = _ZOO[name]

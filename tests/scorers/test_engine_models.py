@@ -46,22 +46,28 @@ def test_common_models_take_the_analytic_path(case) -> None:
         assert len(slow) < len(engine.paths)
 
 
-def test_sketches_dots_and_projections_are_those_of_the_true_gradient(case) -> None:
+def test_sketches_dots_and_projections_are_those_of_the_true_gradient(sampled) -> None:
     """Sketching is linear: the sketch of the brute force's gradients, through the plain kernels."""
     from curate.kernels.projection import project_matrix
     from curate.kernels.rademacher import stream_key
     from curate.kernels.sketch import sketch_matrix, sketch_vector
 
-    directions = [{n: torch.randn_like(g[0]) for n, g in case.truth.items()} for _ in range(2)]
+    directions = [{n: torch.randn_like(g[0]) for n, g in sampled.truth.items()} for _ in range(2)]
     wants = ("sketch", "grad_dot")
     got = signals(
-        case.model, case.batch, case.loss, wants, sketch_dim=(3, 4), seed=5, directions=directions
+        sampled.model,
+        sampled.batch,
+        sampled.loss,
+        wants,
+        sketch_dim=(3, 4),
+        seed=5,
+        directions=directions,
     )
     whole = signals(
-        case.model, case.batch, case.loss, ["sketch"], sketch_dim=(8,), seed=5, probe=False
+        sampled.model, sampled.batch, sampled.loss, ["sketch"], sketch_dim=(8,), seed=5, probe=False
     )
     sketches, projection, dots = [], 0, 0
-    for name, g in case.truth.items():
+    for name, g in sampled.truth.items():
         keys = {side: stream_key(5, name, side) for side in ("rows", "columns", "whole")}
         matrix = g.reshape(len(g), g.shape[1] if g.dim() > 2 else 1, -1)
         if g.dim() > 2:
@@ -75,22 +81,22 @@ def test_sketches_dots_and_projections_are_those_of_the_true_gradient(case) -> N
     torch.testing.assert_close(whole["sketch"], projection, rtol=1e-9, atol=1e-12)
 
 
-def test_neither_batch_size_nor_order_matters(case) -> None:
-    engine = Engine(case.model, case.loss, [Signal("grad_sq_norm"), Signal("el2n")])
-    together = engine(case.batch)
+def test_neither_batch_size_nor_order_matters(sampled) -> None:
+    engine = Engine(sampled.model, sampled.loss, [Signal("grad_sq_norm"), Signal("el2n")])
+    together = engine(sampled.batch)
     order = [4, 1, 5, 0, 3, 2]
-    permuted = engine(case.batch.select_rows(order))
+    permuted = engine(sampled.batch.select_rows(order))
     for signal, value in together.items():
-        alone = [engine(case.batch.select_rows([i]))[signal] for i in range(case.batch.rows)]
+        alone = [engine(sampled.batch.select_rows([i]))[signal] for i in range(sampled.batch.rows)]
         torch.testing.assert_close(torch.cat(alone), value)
         torch.testing.assert_close(permuted[signal], value[order])
 
 
-def test_float32_agrees_with_float64(case) -> None:
+def test_float32_agrees_with_float64(sampled) -> None:
     """To the reference tolerance: 1e-4 relative."""
-    truth = sum(g.reshape(len(g), -1).square().sum(1) for g in case.truth.values()).sqrt()
-    inputs = {k: v.float() if v.is_floating_point() else v for k, v in case.batch.inputs.items()}
-    batch = type(case.batch)(inputs, case.batch.targets, case.batch.rows)
-    got = signals(case.model.float(), batch, case.loss)["grad_norm"]
+    truth = sum(g.reshape(len(g), -1).square().sum(1) for g in sampled.truth.values()).sqrt()
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in sampled.batch.inputs.items()}
+    batch = type(sampled.batch)(inputs, sampled.batch.targets, sampled.batch.rows)
+    got = signals(sampled.model.float(), batch, sampled.loss)["grad_norm"]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=0)
