@@ -18,6 +18,8 @@ from curate.pipeline.storage import Folder
 
 FOLDER = "attempts"
 SLOT_BYTES = 512
+ON_TRIAL = " on trial"
+"""Behind the key of a step whose rows are being tried in a child process."""
 LETHAL = 3
 """A step that kills its process this often is not tried again."""
 SUSPECT = 2
@@ -114,7 +116,8 @@ def deaths(records: list[Record]) -> Counter[str]:
     count: Counter[str] = Counter()
     for record in records:
         if record.state == "died":
-            count.update([f"{kind}:{key}" for kind, key in record.steps.items()] or [""])
+            steps = [f"{kind}:{key.removesuffix(ON_TRIAL)}" for kind, key in record.steps.items()]
+            count.update(steps or [""])
     return count
 
 

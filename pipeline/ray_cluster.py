@@ -31,13 +31,14 @@ class Cluster:
 
     def actor_class(self, cls: type) -> Any:
         """Return the class as a Ray actor that Ray never restarts by itself."""
-        return ray.remote(cls).options(
-            num_cpus=self.cpus,
-            num_gpus=self.gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={"watch": 1},
-        )
+        options: dict[str, Any] = {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {"watch": 1},
+        }
+        return ray.remote(**options)(cls)
 
 
 @contextlib.contextmanager

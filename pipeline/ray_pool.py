@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import exceptions
 
+from curate.pipeline.attempts import SUSPECT
 from curate.pipeline.ray_cluster import Cluster, connected
 from curate.pipeline.score_progress import Progress
 from curate.pipeline.score_run import ScoringRun
@@ -238,7 +239,7 @@ class Pool:
         for hand in list(self.hands):
             if hand.unit is None or hand.task is None:
                 continue
-            if time.monotonic() - hand.since > self._deadline(hand.unit):
+            if time.monotonic() - hand.since > self._deadline(hand.unit, hand.number):
                 self._died(hand, "past its deadline")
                 continue
             if hand.watch is None:
@@ -253,7 +254,9 @@ class Pool:
                     log.debug("a worker does not answer; its task will tell why")
                 hand.watch = None
 
-    def _deadline(self, unit: Unit) -> float:
+    def _deadline(self, unit: Unit, number: int) -> float:
+        usual = 50 * unit.rows * self.seconds_per_row
         if len(self.rates) >= 3:
-            return max(self.deadline_s, 20 * unit.rows * statistics.median(self.rates))
-        return max(self.deadline_s, 50 * unit.rows * self.seconds_per_row)
+            usual = 20 * unit.rows * statistics.median(self.rates)
+        patience = 10 if number >= SUSPECT else 1  # time to try suspect rows one by one
+        return patience * max(self.deadline_s, usual)

@@ -5,6 +5,7 @@
 of rows, and answers each on a pipe of its own.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ from curate.pipeline.work import Work
 
 log = logging.getLogger("curate.score")
 
-PATIENCE_S = 900.0
+PR_SET_PDEATHSIG = 1
+PATIENCE_S = 300.0
 """A trial that has not answered by then is taken for a hang."""
 MAX_DEATHS = 64
 """Children that a suspect set may cost before it is given up."""
@@ -126,6 +128,7 @@ class _Child:
 
 def main(argument: str) -> None:
     """Answer every list of rows with one line, as long as we live."""
+    _die_with_parent()
     source: Any = sys.stdin.buffer
     work, unit = pickle.load(source)
     torch.set_num_threads(work.threads)
@@ -134,6 +137,12 @@ def main(argument: str) -> None:
         for line in source:
             try_rows(work, unit, signals, *json.loads(line))
             answers.write(b"alive\n")
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process with the worker that started it, even in mid-computation."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ POINTS = '''
 The first number may be a spell: it makes encode or the model fail, or kills the process.
 """
 import os
+import pathlib
 import signal
 import time
 
@@ -26,7 +27,7 @@ from torch import nn
 from curate import Batch, Outputs, Task
 from curate.pipeline.task import Columns
 
-REFUSED, CHOKES, EXITS, CRASHES = 661.0, 662.0, 663.0, 664.0
+REFUSED, CHOKES, EXITS, CRASHES, HANGS, NAPS_ONCE = range(661, 667)
 
 
 class Points(Task):
@@ -56,6 +57,13 @@ class Points(Task):
             os._exit(7)
         if (first == CRASHES).any():
             os.kill(os.getpid(), signal.SIGSEGV)
+        if (first == HANGS).any():
+            time.sleep(10_000)
+        if (first == NAPS_ONCE).any():
+            slept = pathlib.Path(__file__).with_name("slept")
+            if not slept.exists():
+                slept.touch()
+                time.sleep(20)
         logits = model(batch.inputs["x"])
         loss = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         return Outputs(loss, batch.targets, logits)
