@@ -54,6 +54,7 @@ def histograms(columns: Sequence[ColumnSummary]) -> str:
             if high > low:
                 values = values[(values >= low) & (values <= high)]
             axes.hist(values, bins=BINS, color=BLUE, alpha=0.85)
+            axes.locator_params(axis="x", nbins=4)
             axes.axvline(float(np.median(values)), color=ORANGE, linewidth=1.2)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
