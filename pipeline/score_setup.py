@@ -219,6 +219,7 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
         "model": model,
         "task": task,
         "scorers": {alias: dict(spec) for alias, spec in work.scorers.items()},
+        "scorers_in_order": list(work.scorers),
         "keep": list(work.keep),
         "keep_checkpoints": work.keep_checkpoints,
         "target": None,

@@ -148,12 +148,13 @@ class ScoreTable:
         self.folder, self.meta, self.success = folder, meta, success
         self.path: str = folder.uri
         self.rows: int = success["rows"]
-        self.scorers: dict[str, dict[str, Any]] = meta["scorers"]
         self.corpus: dict[str, Any] = meta["corpus"]
         with open_parquet(folder, UNITS) as file:
             self.units: pa.Table = file.read(use_threads=False)
         with open_parquet(folder, part_name(0)) as file:
             self.schema: pa.Schema = file.schema_arrow.remove_metadata()
+        known: dict[str, dict[str, Any]] = meta["scorers"]
+        self.scorers = {name: known[name] for name in self.schema.names if name in known}
 
     @classmethod
     def open(cls, path: str | Path) -> "ScoreTable":
