@@ -28,6 +28,7 @@ NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 """JSON files that `datasets` puts beside the data."""
 
 
+@runtime_checkable
 class ShardReader(Protocol):
     """An open shard, as blocks of rows that are read one at a time.
 

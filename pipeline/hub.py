@@ -49,7 +49,7 @@ def _offline_if_unreachable() -> Iterator[bool]:
     import datasets.config
     import huggingface_hub.constants as hub
 
-    if _is_reachable(hub.ENDPOINT):
+    if is_reachable(hub.ENDPOINT):
         yield False
         return
     with (
@@ -59,7 +59,7 @@ def _offline_if_unreachable() -> Iterator[bool]:
         yield True
 
 
-def _is_reachable(endpoint: str) -> bool:
+def is_reachable(endpoint: str) -> bool:
     """True unless the hub's name cannot even be looked up, and no proxy would do that for us."""
     host = urlparse(endpoint).hostname
     if urllib.request.getproxies() or host is None:

@@ -232,10 +232,9 @@ def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifes
         except ValueError as damage:
             log.warning("%s: selecting again", damage)
     foreign = [n for n in names if n != NAME and not is_part(n)] + folder.folders()
-    if foreign and not overwrite:
+    if foreign:
         raise ValueError(
-            f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out "
-            "or pass --overwrite"
+            f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
         )
     for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
         folder.delete(name)

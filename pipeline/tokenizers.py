@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
-from curate.pipeline.hub import _is_reachable
+from curate.pipeline.hub import is_reachable
 
 BYTES = "bytes"
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -60,7 +60,7 @@ def located(source: str) -> str:
     Raises:
         ValueError: it is no folder, the hub cannot be reached, and its cache has no copy.
     """
-    if Path(source).is_dir() or _is_reachable(HUB):
+    if Path(source).is_dir() or is_reachable(HUB):
         return source
     cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
     if not isinstance(cached, str):

@@ -18,9 +18,10 @@ class Budget:
     """How much to keep: `fraction` of the corpus rows, a number of `rows`, or of `tokens`."""
 
     kind: Literal["fraction", "rows", "tokens"]
-    value: float
+    value: int | float
 
 
+@runtime_checkable
 class Table(Protocol):
     """A score table that is read in streams, as often as needed, always in corpus order."""
 

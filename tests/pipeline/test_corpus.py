@@ -285,7 +285,7 @@ def test_hub_names_are_loaded_as_their_cached_files(
 def test_a_hub_name_without_network_is_one_quick_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_is_reachable", lambda endpoint: False)
+    monkeypatch.setattr(hub, "is_reachable", lambda endpoint: False)
     monkeypatch.chdir(tmp_path)
     said = only_error("nobody/nothing-of-this-name")
     assert said.startswith("nobody/nothing-of-this-name is no file or folder")

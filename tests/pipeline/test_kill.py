@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from curate.pipeline.attempts import Attempt, close_attempt, deaths, read_attempts
+from curate.pipeline.attempts import Attempt, attempts_at, close_attempt, deaths, read_attempts
 from curate.pipeline.lock import LOCK
 from curate.pipeline.score import score
 from curate.pipeline.score_table import ScoreTable
@@ -217,7 +217,8 @@ def test_the_ledger_counts_deaths_by_step(tmp_path: Path) -> None:
     calm = Attempt(folder, 4, 3, "s")
     calm.step("batch", "0.1")
     calm.end("interrupted")
-    tries = read_attempts(folder, 4)[4]
+    tries = read_attempts(folder)[4]
+    assert tries == attempts_at(folder, 4, 9) and attempts_at(folder, 4, 1) == tries[:1]
     assert [r.state for r in tries] == ["running"] * 3 + ["interrupted"]
     for record in tries:
         close_attempt(folder, record, "died", "gone")

@@ -155,7 +155,7 @@ def test_a_wrong_model_is_answered_in_one_sentence(
 
 
 def test_a_folder_that_is_not_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curate.pipeline.tokenizers._is_reachable", lambda _: False)
+    monkeypatch.setattr("curate.pipeline.tokenizers.is_reachable", lambda _: False)
     start = time.monotonic()
     with pytest.raises(ValueError, match="models/gone is no folder; as a name on the hub it needs"):
         make_model("models/gone", num_classes=3)

@@ -215,9 +215,9 @@ def test_other_peoples_files_are_left_alone(scores, tmp_path):
     out = tmp_path / "m"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files"):
-        select(scores, budget=0.5, out=out)
-    select(scores, budget=0.5, out=out, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds other files"):
+            select(scores, budget=0.5, out=out, overwrite=overwrite)
     assert (out / "notes.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="holds other files"):
         select(scores, budget=0.5, out=scores)
