@@ -7,6 +7,7 @@ fsync: it must outlive the process, not the machine). On an object store steps a
 from a unit's second try on.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -44,7 +45,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        return f"{FOLDER}/{_label(self.unit)}-{self.number:03d}.json"
+        return _name(self.unit, self.number)
 
 
 class Attempt:
@@ -88,20 +89,24 @@ class Attempt:
             os.pwrite(self._file, line.ljust(SLOT_BYTES - 1) + b"\n", 0)
 
 
-def read_attempts(folder: Folder, unit: int | None = None) -> dict[int, list[Record]]:
-    """Return the tries at each unit (or at one), oldest first."""
+def read_attempts(folder: Folder) -> dict[int, list[Record]]:
+    """Return the tries at each unit, oldest first."""
     found: dict[int, list[Record]] = {}
-    for name in folder.names(f"{FOLDER}/" if unit is None else f"{FOLDER}/{_label(unit)}-"):
+    for name in folder.names(f"{FOLDER}/"):
         label, _, number = name.removeprefix(f"{FOLDER}/").removesuffix(".json").rpartition("-")
-        if label == "trials":
-            continue
-        where = -1 if label == "probe" else int(label)
-        try:
-            record = Record(**json.loads(folder.read(name)))
-        except json.JSONDecodeError:  # killed between making the file and its first line
-            record = Record(where, int(number), "", 0)
-        found.setdefault(where, []).append(record)
-    return {where: sorted(tries, key=lambda r: r.number) for where, tries in found.items()}
+        if label != "trials":
+            record = _read(folder, name, -1 if label == "probe" else int(label), int(number))
+            found.setdefault(record.unit, []).append(record)
+    return {unit: sorted(tries, key=lambda r: r.number) for unit, tries in found.items()}
+
+
+def attempts_at(folder: Folder, unit: int, below: int) -> list[Record]:
+    """Return the tries at one unit with numbers under `below`; lists no folder."""
+    found = []
+    for number in range(below):
+        with contextlib.suppress(FileNotFoundError):  # its process died before it began
+            found.append(_read(folder, _name(unit, number), unit, number))
+    return found
 
 
 def close_attempt(folder: Folder, record: Record, state: State, reason: str) -> None:
@@ -121,10 +126,6 @@ def deaths(records: list[Record]) -> Counter[str]:
     return count
 
 
-def _label(unit: int) -> str:
-    return "probe" if unit < 0 else f"{unit:05d}"
-
-
 def trials_name(unit: int) -> str:
     """Return the name of the file that holds what row-by-row trials of a unit found."""
     return f"{FOLDER}/trials-{unit:05d}.json"
@@ -135,3 +136,14 @@ def read_trials(folder: Folder, unit: int) -> dict[str, Any]:
     name = trials_name(unit)
     trials: dict[str, Any] = folder.read_json(name) if folder.exists(name) else {}
     return trials
+
+
+def _read(folder: Folder, name: str, unit: int, number: int) -> Record:
+    try:
+        return Record(**json.loads(folder.read(name)))
+    except json.JSONDecodeError:  # killed between making the file and its first line
+        return Record(unit, number, "", 0)
+
+
+def _name(unit: int, number: int) -> str:
+    return f"{FOLDER}/{'probe' if unit < 0 else f'{unit:05d}'}-{number:03d}.json"

@@ -86,7 +86,7 @@ def _join(address: str | None) -> None:
 def _cluster(work: Work, workers: int | None, num_gpus: float | None, units: int) -> Cluster:
     """Return the split of the cluster: one GPU a worker where there are GPUs, else CPUs."""
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = num_gpus if num_gpus is not None else float(work.device == "cuda")
+    gpus = num_gpus if num_gpus is not None else min(1.0, total.get("GPU", 0.0))
     if gpus > total.get("GPU", 0):
         raise ValueError(
             f"a worker asks for {gpus:g} GPUs, but the cluster has {total.get('GPU', 0):g}; "

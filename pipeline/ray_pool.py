@@ -9,7 +9,7 @@ wins. A unit past its deadline loses its worker.
 import logging
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -30,6 +30,7 @@ from curate.scorers.engine import EngineError
 log = logging.getLogger("curate.score")
 
 TICK_S = 1.0
+STARTUP_S = 60.0
 COPY_AFTER_S = 10.0
 """A unit younger than this, or than 1.5 times the median, gets no second copy."""
 DEADLINE_S = 900.0
@@ -106,10 +107,12 @@ class Pool:
     ) -> None:
         self.run, self.cluster, self.progress = run, cluster, progress
         self.seconds_per_row = seconds_per_row
-        self.work_ref = ray.put(run.work)
+        device = "cuda" if cluster.gpus else "cpu"
+        self.work_ref = ray.put(replace(run.work, device=device))
         self.hands: list[Hand] = []
         self.rates: list[float] = []  # seconds per row of units done
         self.deaths = 0
+        self.waits_since: float | None = time.monotonic()  # None once a worker has started
 
     def work(self) -> None:
         """Return when every unit is committed or quarantined."""
@@ -187,6 +190,7 @@ class Pool:
     def _done(self, hand: Hand, told: dict[str, Any] | None) -> None:
         hand.task = None
         if told is None:
+            self.waits_since = None
             return  # prepared
         unit = hand.unit
         assert unit is not None
@@ -236,6 +240,9 @@ class Pool:
 
     def _watch(self) -> None:
         """Count rows inside units, and stop units past their deadline."""
+        if self.waits_since is not None and time.monotonic() - self.waits_since > STARTUP_S:
+            log.warning("no worker has started yet: the cluster may be busy, or lack what one asks")
+            self.waits_since = time.monotonic()
         for hand in list(self.hands):
             if hand.unit is None or hand.task is None:
                 continue

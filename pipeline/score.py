@@ -201,6 +201,10 @@ class _Engine:
     def device(self) -> str:
         return device_for(self.num_gpus)
 
+    def device_kind(self) -> str:
+        """Return what workers run on: a cluster may have GPUs that this machine lacks."""
+        return "cuda" if self.name != "local" and self.num_gpus else self.device()
+
     def choose(self, seconds: float) -> str:
         """Return `local` or `ray`, and say why where that was left to us."""
         if self.name != "auto":
@@ -245,11 +249,9 @@ def _run(
     work = setup.work
     folder.create(META, canonical_json(setup.meta))
     is_step_zero = warn_of_step_zero(work)
-    first: ScoringWorker | None = None
-    probes = ScoringRun(work, [], lock)
+    sizing, worker = Sizing(0.0, 0.0), None
     if not folder.exists(UNITS) or not _is_done(folder):
-        first = ScoringWorker(first_checkpoint_only(work), probes.session, probes.number(-1))
-    sizing = size_up(work, first.signals, first.probed) if first else Sizing(0.0, 1e-5)
+        sizing, worker = _check_model(work, lock, engine)
     if not folder.exists(UNITS):
         write_units(folder, _plan_units(work, sizing, unit_rows))
     units = read_units(folder)
@@ -261,15 +263,29 @@ def _run(
         if engine.choose(sizing.seconds_per_row * sum(u.rows for u in run.todo)) == "ray":
             from curate.pipeline.ray_pool import score_on_ray
 
+            worker = None  # its memory is the workers' now
             score_on_ray(run, sizing, engine.workers, engine.num_gpus, engine.ray_address, show)
         else:
-            _score_here(run, first, show)
+            _score_here(run, worker, show)
     notes: dict[str, Any] = {}
     if is_step_zero:
         notes["input_norm_correlation"] = input_norm_correlations(work, units)
     lock.check()
     success = finish(folder, work, units, notes)
     _say_end(success, folder)
+
+
+def _check_model(work: Work, lock: RunLock, engine: _Engine) -> tuple[Sizing, ScoringWorker | None]:
+    """Try the first checkpoint on the first rows; return the estimate, and a worker if it will do.
+
+    Raises:
+        ValueError: model and corpus do not fit, or no row can be scored.
+        EngineError: a gradient that no path gets right.
+    """
+    run = ScoringRun(work, [], lock)
+    worker = ScoringWorker(first_checkpoint_only(work), run.session, run.number(-1))
+    sizing = size_up(work, worker.signals, worker.probed, engine.device_kind())
+    return sizing, worker if len(work.checkpoints) == 1 else None
 
 
 def _is_done(folder: Folder) -> bool:
@@ -282,12 +298,9 @@ def _plan_units(work: Work, sizing: Sizing, unit_rows: int | None) -> list[Unit]
     return plan_units([shard.rows for shard in work.corpus.shards], rows)
 
 
-def _score_here(run: ScoringRun, first: ScoringWorker | None, show: bool) -> None:
+def _score_here(run: ScoringRun, worker: ScoringWorker | None, show: bool) -> None:
     """Score what is left in this process."""
-    if first is not None and len(run.work.checkpoints) == 1:
-        worker = first
-    else:
-        worker = ScoringWorker(run.work, run.session, run.number(-1))
+    worker = worker or ScoringWorker(run.work, run.session, run.number(-1))
     with run.progress(show) as progress:
         for unit in run.todo:
             while unit.number not in run.done and not run.is_lethal(unit):
@@ -305,7 +318,7 @@ def _dry_run(
 ) -> ScorePlan:
     """Return the plan, timed on the first rows; nothing is written."""
     worker = ScoringWorker(first_checkpoint_only(work), "", None)
-    sizing = size_up(work, worker.signals, worker.probed)
+    sizing = size_up(work, worker.signals, worker.probed, engine.device_kind())
     has_units = has_run and folder.exists(UNITS)
     units = read_units(folder) if has_units else _plan_units(work, sizing, unit_rows)
     parts = set(folder.names("part-")) if has_run else set()

@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from curate.pipeline.attempts import Record, close_attempt, deaths, read_attempts
+from curate.pipeline.attempts import Record, attempts_at, close_attempt, deaths, read_attempts
 from curate.pipeline.lock import RunLock
 from curate.pipeline.score_folder import committed, quarantine, why_lethal
 from curate.pipeline.score_progress import Progress
 from curate.pipeline.score_unit import RunError
-from curate.pipeline.storage import Folder
+from curate.pipeline.storage import Folder, NoSpaceError
 from curate.pipeline.units import Unit
 from curate.pipeline.work import Work
 
@@ -57,7 +57,8 @@ class ScoringRun:
 
     def is_lethal(self, unit: Unit) -> bool:
         """Tell whether the unit has killed too often; it is then quarantined for good."""
-        reason = why_lethal(deaths(read_attempts(self.folder, unit.number).get(unit.number, [])))
+        tries = attempts_at(self.folder, unit.number, self.numbers.get(unit.number, -1) + 1)
+        reason = why_lethal(deaths(tries))
         if reason is None:
             return False
         paths = [shard.path for shard in self.work.corpus.shards]
@@ -89,12 +90,14 @@ class ScoringRun:
 
     def died(self, unit: int, number: int, reason: str, state: Any = "died") -> None:
         """Note in the ledger how a try ended that could not say so itself."""
-        for record in read_attempts(self.folder, unit).get(unit, []):
+        for record in attempts_at(self.folder, unit, number + 1)[-1:]:
             if record.number == number:
                 close_attempt(self.folder, record, state, reason)
 
     def fault(self, unit: int, error: OSError) -> None:
-        """Count a fault of the storage; raise it when the unit has had too many."""
+        """Count a fault of the storage; raise it when the disk is full or it goes on."""
+        if isinstance(error, NoSpaceError):
+            raise error
         self.faults[unit] += 1
         log.warning("unit %d: %s (try %d)", unit, error, self.faults[unit])
         if self.faults[unit] >= MAX_FAULTS:

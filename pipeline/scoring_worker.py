@@ -1,5 +1,6 @@
 """A scoring process: loads the models once, checks the engine on real rows, scores units."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ from curate.pipeline.attempts import (
     SUSPECT,
     Attempt,
     State,
+    attempts_at,
     deaths,
-    read_attempts,
     read_trials,
     trials_name,
 )
@@ -82,7 +83,8 @@ class ScoringWorker:
             raise
         except BaseException as error:
             state: State = "failed" if isinstance(error, Exception) else "interrupted"
-            ledger.attempt.end(state, f"{type(error).__name__}: {error}"[:300])
+            with contextlib.suppress(OSError):  # a full disk: what matters is the first error
+                ledger.attempt.end(state, f"{type(error).__name__}: {error}"[:300])
             raise
         ledger.attempt.end("committed" if is_first else "late")
         return _told(unit, receipt["bad_rows"], receipt["splits"], is_first)
@@ -93,10 +95,9 @@ class ScoringWorker:
         Raises:
             ValueError: none of the rows tried can be scored.
         """
-        tried = read_attempts(self.folder, -1).get(-1, [])
-        start = PROBE_ROWS * sum(deaths(tried).values())
         if number is None:
-            return self._verified(start)
+            return self._verified(0)
+        start = PROBE_ROWS * sum(deaths(attempts_at(self.folder, -1, number)).values())
         attempt = Attempt(self.folder, -1, number, self.session)
         state: State = "failed"
         try:
@@ -119,7 +120,7 @@ class UnitLedger:
     def __init__(self, work: Work, unit: Unit, number: int, session: str) -> None:
         self.work, self.unit = work, unit
         self.folder = Folder(work.out)
-        self.deaths = deaths(read_attempts(self.folder, unit.number).get(unit.number, []))
+        self.deaths = deaths(attempts_at(self.folder, unit.number, number))
         self.trials = read_trials(self.folder, unit.number)
         self.attempt = Attempt(self.folder, unit.number, number, session)
 

@@ -36,8 +36,11 @@ def parameter_count(work: Work) -> int:
     return sum(file.stat().st_size for file in files) // 4
 
 
-def size_up(work: Work, signals: SignalPass, batch: Batch | None) -> Sizing:
-    """Return the estimate, from one forward pass over a few rows (None: no model runs)."""
+def size_up(work: Work, signals: SignalPass, batch: Batch | None, device: str) -> Sizing:
+    """Return the estimate for workers with this kind of device, from one forward pass.
+
+    `batch` are a few rows; None where no model runs.
+    """
     checkpoints = len(work.checkpoints)
     overhead = SECONDS_PER_ROW + SECONDS_PER_ROW_AND_CHECKPOINT * checkpoints
     if batch is None:
@@ -46,7 +49,7 @@ def size_up(work: Work, signals: SignalPass, batch: Batch | None) -> Sizing:
         signals.loss(batch)
     operations = counter.get_total_flops() / batch.rows
     passes = 3 if any(s.kind in GRADIENTS for s in signals.wanted) else 1
-    rate = OPERATIONS_PER_S[signals.device.type]
+    rate = OPERATIONS_PER_S[device]
     return Sizing(operations, overhead + checkpoints * passes * operations / rate)
 
 

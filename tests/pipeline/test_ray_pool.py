@@ -55,6 +55,7 @@ def test_two_workers_and_one_process_give_the_same_bytes(
     assert results(tmp_path / "one") == results(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_workers_is_isolated_and_the_rest_goes_on(
     make_points: Make, settings: dict[str, Any], tmp_path: Path
 ) -> None:
