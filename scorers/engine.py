@@ -119,7 +119,8 @@ def _signal(signal: Signal, harvest: Harvest, core: "_Core") -> Tensor:
 
 def _total(harvest: Harvest, key: str, names: Iterable[str]) -> Tensor:
     found = harvest.readouts[key]
-    values = [found[name] for name in names if name in found]
+    # A fixed order: the same bits in every process.
+    values = [found[name] for name in sorted(names) if name in found]
     return torch.stack(values).sum(0) if values else torch.zeros_like(harvest.loss)
 
 
