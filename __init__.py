@@ -20,7 +20,7 @@ _HOME = {
     "open_corpus": "curate.pipeline.corpus",
     "score": "curate.pipeline.score",
     "select": "curate.pipeline.select",
-    "signals": "curate.scorers.engine",
+    "signals": "curate.scorers.signals",
     "train": "curate.pipeline.train",
 }
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from curate.pipeline.select import select as select
     from curate.pipeline.task import Task as Task
     from curate.pipeline.train import train as train
-    from curate.scorers.engine import signals as signals
     from curate.scorers.protocol import Batch as Batch
     from curate.scorers.protocol import Outputs as Outputs
     from curate.scorers.protocol import Scorer as Scorer
     from curate.scorers.protocol import Signal as Signal
+    from curate.scorers.signals import signals as signals
     from curate.selectors.protocol import Selector as Selector
 
 

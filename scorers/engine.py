@@ -1,34 +1,24 @@
 """The signals engine: every per-row quantity from one forward and at most one backward pass.
 
-Shapes: B rows, P parameters, k sketch size, M directions.
+Shapes: B rows.
 
-`Engine` serves scorers, which name their needs as `Signal`s; `signals` is for people.
+`Engine` serves scorers, which name their needs as `Signal`s; `curate.signals` is for people.
 """
 
-import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curate.kernels.grad_norm import accumulable
 from curate.scorers.head import STATISTICS
-from curate.scorers.parts import Dots, Projection, TwoSidedSketch, sq_norm
-from curate.scorers.passes import Harvest, Needs, Passes
-from curate.scorers.plan import Plan, summary
-from curate.scorers.prepared import canonical_name, named_parameters, unwrapped
-from curate.scorers.probe import EngineError, discover, verify
-from curate.scorers.protocol import IGNORE, RECORD_KINDS, Outputs, Signal
+from curate.scorers.parts import sq_norm
+from curate.scorers.passes import Harvest, Needs
+from curate.scorers.probe import EngineError
+from curate.scorers.protocol import RECORD_KINDS, Signal
+from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
-__all__ = ["Engine", "EngineError", "signals"]
-
-log = logging.getLogger("curate.engine")
-
-LossFn = Callable[[nn.Module, Any], Outputs | Tensor]
-HEAD = "head"
+__all__ = ["Engine", "EngineError"]
 
 
 class Engine:
@@ -56,7 +46,7 @@ class Engine:
         if records := sorted({s.kind for s in self.wanted if s.kind in RECORD_KINDS}):
             raise ValueError(f"{', '.join(records)} come from training records, not from a pass")
         kinds = {s.kind for s in self.wanted}
-        self._core = _Core(model, outputs, probe)
+        self._core = WatchedModel(model, outputs, probe)
         self._sets = [s.params for s in self.wanted if s.kind == "grad_sq_norm"]
         for params in self._sets:
             self._core.check(params)
@@ -104,300 +94,14 @@ def _merged(needs: Needs) -> Needs:
     return Needs(merged, needs.statistics, needs.logit_norm, needs.alignment)
 
 
-def _signal(signal: Signal, harvest: Harvest, core: "_Core") -> Tensor:
+def _signal(signal: Signal, harvest: Harvest, core: "WatchedModel") -> Tensor:
     if signal.kind == "loss":
         return harvest.loss
     if signal.kind == "grad_sq_norm":
-        return _total(harvest, "sq_norm", core.names(signal.params))
+        return total(harvest, "sq_norm", core.names(signal.params))
     if signal.kind == "el2n_seq":
         assert harvest.logit_norm is not None, "asked for"
         return harvest.logit_norm
     if signal.kind == "weight_alignment":
-        return _alignment(harvest)
+        return alignment(harvest)
     return harvest.statistics[signal.kind]
-
-
-def _total(harvest: Harvest, key: str, names: Iterable[str]) -> Tensor:
-    found = harvest.readouts[key]
-    # A fixed order: the same bits in every process.
-    values = [found[name] for name in sorted(names) if name in found]
-    return torch.stack(values).sum(0) if values else torch.zeros_like(harvest.loss)
-
-
-def _alignment(harvest: Harvest) -> Tensor:
-    # No gradient at the head means no direction: 0, like a zero gradient's cosine.
-    return torch.zeros_like(harvest.loss) if harvest.alignment is None else harvest.alignment
-
-
-class _Core:
-    """A model with its plan, and which of its parameters a name or pattern means."""
-
-    def __init__(self, model: nn.Module, outputs: LossFn, probe: bool) -> None:
-        self.passes = Passes(unwrapped(model), outputs, Plan())
-        self._probe, self._ready = probe, False
-        params = {canonical_name(n): p for n, p in self.passes.model.named_parameters()}
-        self.all = tuple(params)
-        self.trainable = tuple(n for n, p in params.items() if p.requires_grad)
-        self._params: list[str] = []
-        self._head = self._logits = False
-
-    @property
-    def paths(self) -> dict[str, str]:
-        choices = self.passes.plan.choices
-        return summary({name: choices[name] for name in self._needed() if name in choices})
-
-    def check(self, params: str) -> None:
-        """Raise ValueError where a pattern names no parameter that requires gradients."""
-        if params == HEAD:
-            return
-        try:
-            pattern = re.compile(params)
-        except re.error as error:
-            raise ValueError(f"params={params!r} is no regular expression: {error}") from None
-        if not self.trainable:
-            raise ValueError(
-                "no parameter of the model requires gradients; "
-                "call model.requires_grad_(True), or on those to be scored"
-            )
-        if not any(pattern.search(name) for name in self.trainable):
-            some = ", ".join(self.trainable[:5])
-            raise ValueError(
-                f"params={params!r} matches no trainable parameter; there are "
-                f"{len(self.trainable)}, such as {some}"
-            )
-
-    def want(self, params: Sequence[str], *, head: bool, logits: bool = False) -> None:
-        self._params, self._head, self._logits = list(params), head, logits
-
-    def names(self, params: str) -> frozenset[str]:
-        if params == HEAD:
-            return frozenset(self._head_names())
-        return frozenset(n for n in self.trainable if re.search(params, n))
-
-    def _head_names(self) -> tuple[str, ...]:
-        head = self.passes.plan.head
-        if head is None:
-            raise ValueError(
-                "cannot tell which parameters are the head: it takes Outputs with the logits as "
-                "they come from one linear layer (or hidden and head); name it by params= instead"
-            )
-        return head.names
-
-    def _needed(self) -> list[str]:
-        needed = frozenset().union(*map(self.names, self._params))
-        return [name for name in self.all if name in needed]
-
-    def ready(self, batch: Any) -> None:
-        if self._ready:
-            return
-        if self._probe:
-            self.verify(batch)
-        else:
-            self._discover(batch)
-        self._ready = True
-
-    def _discover(self, batch: Any) -> None:
-        if self._params or self._head or self._logits:
-            discover(self.passes, list(self.all), batch)
-        head = self.passes.plan.head
-        if self._head:
-            self._head_names()
-            assert head is not None, "it has names"
-            if head.key is None or head.key not in self.passes.plan.layouts:
-                raise ValueError("the head is used in a form whose gradient cannot be watched")
-
-    def verify(self, batch: Any) -> None:
-        self._discover(batch)
-        verify(self.passes, self._needed(), batch)
-        self._ready = True
-        for name, path in self.paths.items():
-            log.debug("%s: %s", name, path)
-
-
-# -- signals -------------------------------------------------------------------------------------
-
-_VECTORS = frozenset({"grad_norm", "sketch", "grad_dot", "input_grad", "embedding"})
-_WANT = frozenset({"loss", "el2n_seq", "grad_sq_norm", "weight_alignment"}) | STATISTICS | _VECTORS
-
-
-def signals(
-    model: nn.Module,
-    batch: Any,
-    loss_fn: LossFn,
-    want: Sequence[str] = ("loss", "grad_norm"),
-    *,
-    params: str | None = None,
-    sketch_dim: int | tuple[int, ...] = 32,
-    seed: int = 0,
-    directions: Sequence[Mapping[str, Tensor]] | None = None,
-    probe: bool = True,
-) -> dict[str, Tensor]:
-    """Return the wanted per-row quantities of a batch, by name, from one pass over it.
-
-    `loss_fn(model, batch)` gives the rows' losses [B], or `Outputs` where what the prediction says
-    is wanted too. `batch` is whatever it takes, tensors with the rows along axis 0. `params` is a
-    regular expression over parameter names, or "head"; all trainable parameters by default.
-
-    Per row [B]: loss, grad_norm, grad_sq_norm, el2n, el2n_seq, entropy, margin, correct, tokens,
-    weight_alignment. Per row a vector:
-        sketch       `sketch_dim=k` or `(k_o, k_i)`: every matrix two-sided to k_o x k_i, every
-                     vector one-sided to k_o * k_i, concatenated in the order of the model's
-                     parameters; `(k,)`: the whole gradient one-sided to k. Inner products of
-                     sketches estimate those of gradients without bias, for equal `seed`.
-        grad_dot     inner products with `directions`, each {parameter name: tensor}; [B, M]
-        embedding    the input of the head; a mean over target tokens where there are several
-        input_grad   gradient of the loss with respect to the model's float input (or the
-                     embeddings of its token input); one entry `input_grad/<argument>` each
-                     where there are several
-
-    The probe checks every parameter on three rows first (see `Engine.verify`); for many batches of
-    one model use an `Engine`, or check once and pass `probe=False`.
-
-    Raises:
-        ValueError: a wrong argument, or a signal that this loss function cannot give.
-        EngineError: rows that depend on one another, or a gradient that no path gets right.
-    """
-    if unknown := sorted(set(want) - _WANT):
-        raise ValueError(f"unknown signal {unknown[0]!r}; choose from {', '.join(sorted(_WANT))}")
-    pattern, wants = params or "", set(want)
-    core = _Core(model, loss_fn, probe)
-    gradients = bool(wants & {"grad_norm", "grad_sq_norm", "sketch", "grad_dot"})
-    if gradients:
-        core.check(pattern)
-    core.want(
-        [pattern] if gradients else [],
-        head=bool(wants & {"weight_alignment", "embedding"}),
-        logits=bool(wants & {"el2n_seq", "input_grad"}),
-    )
-    core.ready(batch)
-    names = core.names(pattern) if gradients else frozenset()
-    needs = Needs(
-        readouts=_readouts(wants, names, sketch_dim, seed, directions, core),
-        statistics=bool(wants & STATISTICS),
-        logit_norm="el2n_seq" in wants,
-        alignment="weight_alignment" in wants,
-        hidden="embedding" in wants,
-        input_grad="input_grad" in wants,
-    )
-    harvest = core.passes.run(batch, needs)
-    return _named(want, harvest, core, names, needs)
-
-
-def _readouts(
-    wants: set[str],
-    names: frozenset[str],
-    sketch_dim: int | tuple[int, ...],
-    seed: int,
-    directions: Sequence[Mapping[str, Tensor]] | None,
-    core: _Core,
-) -> dict[str, tuple[frozenset[str], Any]]:
-    readouts: dict[str, tuple[frozenset[str], Any]] = {}
-    if wants & {"grad_norm", "grad_sq_norm"}:
-        readouts["sq_norm"] = names, sq_norm
-    if "sketch" in wants:
-        sides = (sketch_dim, sketch_dim) if isinstance(sketch_dim, int) else sketch_dim
-        if len(sides) not in (1, 2) or any(k < 1 for k in sides):
-            raise ValueError(f"sketch_dim must be k, (k_o, k_i) or (k,), not {sketch_dim!r}")
-        two = len(sides) == 2
-        readouts["sketch"] = (
-            names,
-            TwoSidedSketch(seed, (sides[0], sides[1])) if two else Projection(seed, sides[0]),
-        )
-    if "grad_dot" in wants:
-        stacked = _stacked(directions, core)
-        readouts["grad_dot"] = names & stacked.keys(), Dots(stacked)
-    return readouts
-
-
-def _stacked(directions: Sequence[Mapping[str, Tensor]] | None, core: _Core) -> dict[str, Tensor]:
-    """Return {parameter: [M, *shape]}; a direction without a parameter is 0 there."""
-    if not directions:
-        raise ValueError("grad_dot needs directions=, a list of {parameter name: tensor}")
-    params = named_parameters(core.passes.model)
-    for m, direction in enumerate(directions):
-        for name, v in direction.items():
-            if name not in params:
-                raise ValueError(f"directions[{m}] names {name!r}, which is no parameter")
-            if v.shape != params[name].shape:
-                raise ValueError(
-                    f"directions[{m}][{name!r}] has shape {tuple(v.shape)}, "
-                    f"the parameter {tuple(params[name].shape)}"
-                )
-    names = dict.fromkeys(name for direction in directions for name in direction)
-    return {
-        name: torch.stack(
-            [d[name].to(params[name].device) if name in d else torch.zeros_like(params[name])
-             for d in directions]
-        )
-        for name in names
-    }  # fmt: skip
-
-
-def _named(
-    want: Sequence[str], harvest: Harvest, core: _Core, names: frozenset[str], needs: Needs
-) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for kind in want:
-        if kind == "loss":
-            out[kind] = harvest.loss
-        elif kind in STATISTICS:
-            out[kind] = harvest.statistics[kind]
-        elif kind == "el2n_seq":
-            assert harvest.logit_norm is not None, "asked for"
-            out[kind] = harvest.logit_norm
-        elif kind == "weight_alignment":
-            out[kind] = _alignment(harvest)
-        elif kind in ("grad_norm", "grad_sq_norm"):
-            square = _total(harvest, "sq_norm", names)
-            out[kind] = square.sqrt() if kind == "grad_norm" else square
-        elif kind == "sketch":
-            out[kind] = _sketch(harvest, [n for n in core.all if n in names], needs)
-        elif kind == "grad_dot":
-            values = list(harvest.readouts[kind].values())
-            _, dots = needs.readouts[kind]
-            assert isinstance(dots, Dots), "made above"
-            m = len(next(iter(dots.directions.values())))
-            zero = harvest.loss.new_zeros(len(harvest.loss), m)
-            out[kind] = torch.stack([zero, *values]).sum(0)
-        elif kind == "embedding":
-            out[kind] = _embedding(harvest, core)
-        elif len(harvest.input_grad) == 1:
-            out[kind] = next(iter(harvest.input_grad.values()))
-        else:
-            out |= {f"input_grad/{name}": g for name, g in harvest.input_grad.items()}
-    return out
-
-
-def _sketch(harvest: Harvest, names: Sequence[str], needs: Needs) -> Float[Tensor, "b k"]:
-    _, readout = needs.readouts["sketch"]
-    found, rows = harvest.readouts["sketch"], len(harvest.loss)
-    if isinstance(readout, Projection):
-        zero = harvest.loss.new_zeros(rows, readout.k)
-        return torch.stack([zero, *(found[n] for n in names if n in found)]).sum(0)
-    assert isinstance(readout, TwoSidedSketch), "made above"
-    zero = harvest.loss.new_zeros(rows, readout.k[0] * readout.k[1])
-    return torch.cat([found.get(name, zero) for name in names], 1)
-
-
-def _embedding(harvest: Harvest, core: _Core) -> Float[Tensor, "b d"]:
-    """The head's input, averaged over target tokens where a row has several."""
-    hidden, targets, head = harvest.hidden, harvest.targets, core.passes.plan.head
-    assert hidden is not None and head is not None, "asked for"
-    rows, row_ids = len(harvest.loss), harvest.row_ids
-    hidden = hidden.flatten(1, -2) if hidden.dim() > 2 else hidden[:, None]
-    tokens = hidden.new_ones(hidden.shape[:2])
-    if targets is not None and hidden.shape[1] > 1:
-        mask = (targets != IGNORE).reshape(len(targets), -1)
-        if mask.shape[1] > hidden.shape[1] or not head.starts_at_token_0:
-            raise ValueError(
-                "embedding: the targets do not lie on the positions of the head's input; "
-                "align Outputs.logits and targets with it, IGNORE (-100) where there is no target"
-            )
-        tokens[:] = 0
-        tokens[:, : mask.shape[1]] = mask
-    hidden = torch.einsum("std,st->sd", accumulable(hidden), accumulable(tokens))
-    count = accumulable(tokens).sum(1)
-    if row_ids is not None:
-        hidden = hidden.new_zeros(rows, hidden.shape[1]).index_add_(0, row_ids, hidden)
-        count = count.new_zeros(rows).index_add_(0, row_ids, count)
-    return hidden / count[:, None]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curate.kernels.cross_entropy import token_cross_entropy, token_statistics
-from curate.scorers.engine import Engine, signals
+from curate.scorers.engine import Engine
 from curate.scorers.protocol import Batch, Outputs, Signal
+from curate.scorers.signals import signals
 
 EVERYTHING = [
     Signal(k)

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from curate.scorers.engine import Engine, signals
+from curate.scorers.engine import Engine
 from curate.scorers.protocol import Signal
+from curate.scorers.signals import signals
 
 ANALYTIC_ONLY = ("mlp", "bert", "gpt2 tied", "llama", "lora", "encoder", "encoder, tokens first")
 

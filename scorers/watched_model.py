@@ -1,0 +1,117 @@
+"""A model under the engine's eyes: its plan, and which of its parameters a name or pattern means."""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curate.scorers.passes import Harvest, Passes
+from curate.scorers.plan import Plan, summary
+from curate.scorers.prepared import canonical_name, unwrapped
+from curate.scorers.probe import discover, verify
+from curate.scorers.protocol import Outputs
+
+log = logging.getLogger("curate.engine")
+
+LossFn = Callable[[nn.Module, Any], Outputs | Tensor]
+HEAD = "head"
+
+
+class WatchedModel:
+    """A model with its plan, and which of its parameters a name or pattern means."""
+
+    def __init__(self, model: nn.Module, outputs: LossFn, probe: bool) -> None:
+        self.passes = Passes(unwrapped(model), outputs, Plan())
+        self._probe, self._ready = probe, False
+        params = {canonical_name(n): p for n, p in self.passes.model.named_parameters()}
+        self.all = tuple(params)
+        self.trainable = tuple(n for n, p in params.items() if p.requires_grad)
+        self._params: list[str] = []
+        self._head = self._logits = False
+
+    @property
+    def paths(self) -> dict[str, str]:
+        choices = self.passes.plan.choices
+        return summary({name: choices[name] for name in self._needed() if name in choices})
+
+    def check(self, params: str) -> None:
+        """Raise ValueError where a pattern names no parameter that requires gradients."""
+        if params == HEAD:
+            return
+        try:
+            pattern = re.compile(params)
+        except re.error as error:
+            raise ValueError(f"params={params!r} is no regular expression: {error}") from None
+        if not self.trainable:
+            raise ValueError(
+                "no parameter of the model requires gradients; "
+                "call model.requires_grad_(True), or on those to be scored"
+            )
+        if not any(pattern.search(name) for name in self.trainable):
+            some = ", ".join(self.trainable[:5])
+            raise ValueError(
+                f"params={params!r} matches no trainable parameter; there are "
+                f"{len(self.trainable)}, such as {some}"
+            )
+
+    def want(self, params: Sequence[str], *, head: bool, logits: bool = False) -> None:
+        self._params, self._head, self._logits = list(params), head, logits
+
+    def names(self, params: str) -> frozenset[str]:
+        if params == HEAD:
+            return frozenset(self._head_names())
+        return frozenset(n for n in self.trainable if re.search(params, n))
+
+    def _head_names(self) -> tuple[str, ...]:
+        head = self.passes.plan.head
+        if head is None:
+            raise ValueError(
+                "cannot tell which parameters are the head: it takes Outputs with the logits as "
+                "they come from one linear layer (or hidden and head); name it by params= instead"
+            )
+        return head.names
+
+    def _needed(self) -> list[str]:
+        needed = frozenset().union(*map(self.names, self._params))
+        return [name for name in self.all if name in needed]
+
+    def ready(self, batch: Any) -> None:
+        if self._ready:
+            return
+        if self._probe:
+            self.verify(batch)
+        else:
+            self._discover(batch)
+        self._ready = True
+
+    def _discover(self, batch: Any) -> None:
+        if self._params or self._head or self._logits:
+            discover(self.passes, list(self.all), batch)
+        head = self.passes.plan.head
+        if self._head:
+            self._head_names()
+            assert head is not None, "it has names"
+            if head.key is None or head.key not in self.passes.plan.layouts:
+                raise ValueError("the head is used in a form whose gradient cannot be watched")
+
+    def verify(self, batch: Any) -> None:
+        self._discover(batch)
+        verify(self.passes, self._needed(), batch)
+        self._ready = True
+        for name, path in self.paths.items():
+            log.debug("%s: %s", name, path)
+
+
+def total(harvest: Harvest, key: str, names: Iterable[str]) -> Tensor:
+    found = harvest.readouts[key]
+    # A fixed order: the same bits in every process.
+    values = [found[name] for name in sorted(names) if name in found]
+    return torch.stack(values).sum(0) if values else torch.zeros_like(harvest.loss)
+
+
+def alignment(harvest: Harvest) -> Tensor:
+    # No gradient at the head means no direction: 0, like a zero gradient's cosine.
+    return torch.zeros_like(harvest.loss) if harvest.alignment is None else harvest.alignment
