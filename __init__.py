@@ -14,26 +14,26 @@ _HOME = {
     "Scorer": "curate.scorers.protocol",
     "Signal": "curate.scorers.protocol",
     "Selector": "curate.selectors.protocol",
-    "Task": "curate.pipeline.task",
-    "evaluate": "curate.pipeline.evaluate",
-    "load_manifest": "curate.pipeline.loader",
-    "open_corpus": "curate.pipeline.corpus",
-    "score": "curate.pipeline.score",
-    "select": "curate.pipeline.select",
+    "Task": "curate.pipeline.tasks.task",
+    "evaluate": "curate.pipeline.evaluation.evaluate",
+    "load_manifest": "curate.pipeline.manifests.loader",
+    "open_corpus": "curate.pipeline.reading.corpus",
+    "score": "curate.pipeline.scoring.score",
+    "select": "curate.pipeline.manifests.select",
     "signals": "curate.scorers.signals",
-    "train": "curate.pipeline.train",
+    "train": "curate.pipeline.training.train",
 }
 
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from curate.pipeline.corpus import open_corpus as open_corpus
-    from curate.pipeline.evaluate import evaluate as evaluate
-    from curate.pipeline.loader import load_manifest as load_manifest
-    from curate.pipeline.score import score as score
-    from curate.pipeline.select import select as select
-    from curate.pipeline.task import Task as Task
-    from curate.pipeline.train import train as train
+    from curate.pipeline.evaluation.evaluate import evaluate as evaluate
+    from curate.pipeline.manifests.loader import load_manifest as load_manifest
+    from curate.pipeline.manifests.select import select as select
+    from curate.pipeline.reading.corpus import open_corpus as open_corpus
+    from curate.pipeline.scoring.score import score as score
+    from curate.pipeline.tasks.task import Task as Task
+    from curate.pipeline.training.train import train as train
     from curate.scorers.protocol import Batch as Batch
     from curate.scorers.protocol import Outputs as Outputs
     from curate.scorers.protocol import Scorer as Scorer

@@ -148,7 +148,7 @@ def train(
 ) -> None:
     """Train proxies, or the final model on a manifest; save checkpoints."""
     _talk(verbose)
-    from curate.pipeline.train import train as run
+    from curate.pipeline.training.train import train as run
 
     checkpoints = run(
         _corpus(corpus, split),
@@ -223,10 +223,10 @@ def score(
 ) -> None:
     """Score every row of a corpus; run it again to resume."""
     _talk(verbose)
-    from curate.pipeline.inspect import inspect as look
-    from curate.pipeline.listing import format_text
-    from curate.pipeline.score import score as run
-    from curate.pipeline.score_table import ScoreTable
+    from curate.pipeline.reporting.inspect import inspect as look
+    from curate.pipeline.reporting.listing import format_text
+    from curate.pipeline.scoring.score import score as run
+    from curate.pipeline.scoring.score_table import ScoreTable
 
     result = run(
         _corpus(corpus, split),
@@ -285,8 +285,8 @@ def select(
 ) -> None:
     """Select rows by score under a budget and write a manifest."""
     _talk(verbose)
-    from curate.pipeline.select import select as run
-    from curate.pipeline.selection_summary import summary_text
+    from curate.pipeline.manifests.select import select as run
+    from curate.pipeline.manifests.selection_summary import summary_text
 
     manifest = run(
         scores,
@@ -336,8 +336,8 @@ def evaluate(
 ) -> None:
     """Train on each subset, a random one of its size, and all; compare on a test corpus."""
     _talk(verbose)
-    from curate.pipeline.evaluate import evaluate as run
-    from curate.pipeline.evaluate_report import format_report
+    from curate.pipeline.evaluation.evaluate import evaluate as run
+    from curate.pipeline.evaluation.evaluate_report import format_report
 
     result = run(
         _corpus(corpus, split),
@@ -374,8 +374,8 @@ def inspect(
 ) -> None:
     """Say what a path holds."""
     _talk(verbose)
-    from curate.pipeline.inspect import inspect as look
-    from curate.pipeline.listing import format_text
+    from curate.pipeline.reporting.inspect import inspect as look
+    from curate.pipeline.reporting.listing import format_text
 
     _print(look(path), as_json, format_text)
 
@@ -388,8 +388,8 @@ def verify(
 ) -> None:
     """Recompute every digest; exit 1 where one differs."""
     _talk(verbose)
-    from curate.pipeline.listing import format_text
-    from curate.pipeline.verify import verify as check
+    from curate.pipeline.reporting.listing import format_text
+    from curate.pipeline.reporting.verify import verify as check
 
     result = check(path)
     _print(result, as_json, format_text)
@@ -405,8 +405,8 @@ def status(
 ) -> None:
     """Say how far a run has come."""
     _talk(verbose)
-    from curate.pipeline.listing import format_text
-    from curate.pipeline.status import status as look
+    from curate.pipeline.reporting.listing import format_text
+    from curate.pipeline.reporting.status import status as look
 
     _print(look(run), as_json, format_text)
 
@@ -420,7 +420,7 @@ def report(
 ) -> None:
     """Write an HTML report of a run."""
     _talk(verbose)
-    from curate.pipeline.report import write_report
+    from curate.pipeline.reporting.report import write_report
 
     _print({"report": str(write_report(run, out))}, as_json, lambda r: r["report"])
 
@@ -534,7 +534,7 @@ def _corpus(uri: str, split: str | None) -> Any:
     """Return the corpus of one split, or the path, which the library opens itself."""
     if split is None:
         return uri
-    from curate.pipeline.corpus import open_corpus
+    from curate.pipeline.reading.corpus import open_corpus
 
     return open_corpus(uri, split=split)
 

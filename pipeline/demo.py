@@ -21,13 +21,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from curate.pipeline.evaluate import evaluate, format_report
-from curate.pipeline.report import write_report
-from curate.pipeline.score import score
-from curate.pipeline.select import select
-from curate.pipeline.statistics import paired_test
-from curate.pipeline.storage import Folder
-from curate.pipeline.train import train
+from curate.pipeline.evaluation.evaluate import evaluate, format_report
+from curate.pipeline.evaluation.statistics import paired_test
+from curate.pipeline.manifests.select import select
+from curate.pipeline.reporting.report import write_report
+from curate.pipeline.scoring.score import score
+from curate.pipeline.storing.storage import Folder
+from curate.pipeline.training.train import train
 
 TRAIN_ROWS = 1300  # of 1797; the other 497 are the test set
 SPLIT_SEED = 0

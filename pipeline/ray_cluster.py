@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 
-from curate.pipeline.storage import Folder
+from curate.pipeline.scoring.work import Work
+from curate.pipeline.storing.storage import Folder
 from curate.pipeline.wheel import write_wheel
-from curate.pipeline.work import Work
 
 log = logging.getLogger("curate.score")
 

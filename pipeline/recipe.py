@@ -34,7 +34,13 @@ _WIRED: dict[str, Callable[[str, str], dict[str, Any]]] = {
     },
     "report": lambda corpus, run: {"run": run},
 }
-_HOME = {"report": "curate.pipeline.report:write_report"}
+_HOME = {
+    "train": "curate.pipeline.training.train:train",
+    "score": "curate.pipeline.scoring.score:score",
+    "select": "curate.pipeline.manifests.select:select",
+    "evaluate": "curate.pipeline.evaluation.evaluate:evaluate",
+    "report": "curate.pipeline.reporting.report:write_report",
+}
 
 
 def run_recipe(path: str) -> dict[str, str]:
@@ -80,7 +86,7 @@ def _call(
     path: str, name: str, corpus: str, run: str, given: dict[str, Any]
 ) -> tuple[Callable[..., object], dict[str, Any]]:
     """Return the stage's function and its arguments: those of the run, then those given."""
-    module, _, attribute = _HOME.get(name, f"curate.pipeline.{name}:{name}").partition(":")
+    module, _, attribute = _HOME[name].partition(":")
     function = getattr(import_module(module), attribute)
     signature = inspect.signature(function)
     arguments = {**_WIRED[name](corpus, run), **given}

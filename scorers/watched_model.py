@@ -1,4 +1,4 @@
-"""A model under the engine's eyes: its plan, and which of its parameters a name or pattern means."""
+"""A model while the engine watches it: its plan, and what a name or pattern of parameters means."""
 
 import logging
 import re

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from curate import Batch, Outputs, Task
-from curate.pipeline.task import Columns
+from curate.pipeline.tasks.task import Columns
 
 REFUSED, CHOKES, EXITS, CRASHES, HANGS, NAPS_ONCE = range(661, 667)
 
@@ -140,8 +140,8 @@ def points_checkpoints(tmp_path: Path, points_code: Path) -> Callable[..., str]:
     def make(seeds: int = 1, steps: Sequence[int] = (1,), name: str = "checkpoints") -> str:
         import torch
 
-        from curate.pipeline.checkpoint import checkpoint_name, save_checkpoint
-        from curate.pipeline.models import make_model
+        from curate.pipeline.models.checkpoint import checkpoint_name, save_checkpoint
+        from curate.pipeline.models.models import make_model
 
         described = {
             "kind": "points",

@@ -122,7 +122,7 @@ def test_the_scorer_in_contributing_is_a_scorer() -> None:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory with the README's `data/train` and `data/test`: small digits."""
     from curate.pipeline.demo import write_digits
-    from curate.pipeline.storage import Folder
+    from curate.pipeline.storing.storage import Folder
 
     here, home = Path.cwd(), tmp_path_factory.mktemp("home")
     train, test = (pq.read_table(p) for p in write_digits(Folder(home / "raw")))

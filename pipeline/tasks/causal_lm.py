@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curate.kernels.cross_entropy import token_cross_entropy
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.task import Columns, Task
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
     combined,
@@ -32,6 +31,7 @@ from curate.pipeline.tasks.calls import call
 from curate.pipeline.tasks.packing import Packed as Packed
 from curate.pipeline.tasks.packing import pack
 from curate.pipeline.tasks.schema import TOKEN_NAMES, id_column, require
+from curate.pipeline.tasks.task import Columns, Task
 from curate.pipeline.tasks.text_classification import vocabulary
 from curate.pipeline.tasks.texts import (
     POSITION_KEYS,
@@ -40,7 +40,7 @@ from curate.pipeline.tasks.texts import (
     tokenize,
     tokenizer_source,
 )
-from curate.pipeline.tokenizers import BYTES, DOCUMENT, tokenizer, tokenizer_digest
+from curate.pipeline.tasks.tokenizers import BYTES, DOCUMENT, tokenizer, tokenizer_digest
 from curate.scorers.protocol import IGNORE, Batch, Outputs
 
 RowLoss = Literal["mean", "sum"]

@@ -9,10 +9,10 @@ import pyarrow as pa
 from torch import nn
 
 from curate.kernels.cross_entropy import token_cross_entropy
-from curate.pipeline.task import Columns, Task
 from curate.pipeline.tasks.calls import call
 from curate.pipeline.tasks.labels import Labels
 from curate.pipeline.tasks.schema import require
+from curate.pipeline.tasks.task import Columns, Task
 from curate.scorers.protocol import Batch, Outputs
 
 

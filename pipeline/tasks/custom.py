@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.task import Columns, Task
+from curate.pipeline.reading.corpus import Corpus
+from curate.pipeline.tasks.task import Columns, Task
 from curate.pipeline.user_code import absolute_spec, load_named
 from curate.scorers.protocol import Batch, Outputs
 

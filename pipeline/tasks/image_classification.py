@@ -12,9 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.images import Mode, decode
-from curate.pipeline.task import Columns
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
     dense,
@@ -26,6 +24,7 @@ from curate.pipeline.tasks.arrays import (
 )
 from curate.pipeline.tasks.classification import Classification, described
 from curate.pipeline.tasks.image_files import files, has_paths, survey
+from curate.pipeline.tasks.images import Mode, decode
 from curate.pipeline.tasks.labels import find_labels
 from curate.pipeline.tasks.pixels import (
     TOLERANCE,
@@ -43,6 +42,7 @@ from curate.pipeline.tasks.schema import (
     is_square_list,
     sample,
 )
+from curate.pipeline.tasks.task import Columns
 from curate.scorers.protocol import Batch
 
 log = logging.getLogger("curate.tasks")

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from curate.pipeline.images import Mode, measure
 from curate.pipeline.tasks.arrays import combined, is_string
+from curate.pipeline.tasks.images import Mode, measure
 
 
 def files(column: pa.ChunkedArray, root: str, name: str) -> list[bytes]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from curate.pipeline.corpus import Corpus
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.arrays import combined, is_string, storage_type
 from curate.pipeline.tasks.schema import LABEL_NAMES, class_names, label_column
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.task import Task
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.custom import custom_from_corpus, custom_from_description
 from curate.pipeline.tasks.guess import guess_task as guess_task
+from curate.pipeline.tasks.task import Task
 from curate.pipeline.user_code import is_user_code
 
 TASKS = {

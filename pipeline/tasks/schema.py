@@ -7,8 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as pt
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.task import Columns
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.arrays import (
     is_binary,
     is_list,
@@ -18,6 +17,7 @@ from curate.pipeline.tasks.arrays import (
     list_shape,
     storage_type,
 )
+from curate.pipeline.tasks.task import Columns
 
 LABEL_NAMES = ("label", "labels", "target", "class", "y", "category")
 TEXT_NAMES = ("text", "content", "sentence", "document", "review")

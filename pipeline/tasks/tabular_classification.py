@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 import torch
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.task import Columns
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
     combined,
@@ -30,6 +29,7 @@ from curate.pipeline.tasks.arrays import (
 from curate.pipeline.tasks.classification import Classification, described
 from curate.pipeline.tasks.labels import find_labels
 from curate.pipeline.tasks.schema import id_column, inputs_left
+from curate.pipeline.tasks.task import Columns
 from curate.scorers.protocol import Batch
 
 ONE_HOT = 64

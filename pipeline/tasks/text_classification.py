@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.task import Columns
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import combined, lists, padded, ragged
 from curate.pipeline.tasks.classification import Classification, described
 from curate.pipeline.tasks.labels import find_labels
 from curate.pipeline.tasks.schema import id_column
+from curate.pipeline.tasks.task import Columns
 from curate.pipeline.tasks.texts import (
     POSITION_KEYS,
     config_value,
@@ -29,7 +29,7 @@ from curate.pipeline.tasks.texts import (
     tokenize,
     tokenizer_source,
 )
-from curate.pipeline.tokenizers import BYTE_VOCABULARY, BYTES, tokenizer, tokenizer_digest
+from curate.pipeline.tasks.tokenizers import BYTE_VOCABULARY, BYTES, tokenizer, tokenizer_digest
 from curate.scorers.protocol import Batch
 
 LONGEST = 512

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate.pipeline.huggingface import is_huggingface
+from curate.pipeline.models.huggingface import is_huggingface
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import combined, is_string, storage_type
 from curate.pipeline.tasks.schema import TEXT_NAMES, TEXT_PAIRS, inputs_left
-from curate.pipeline.tokenizers import BYTES, byte_tokens, tokenizer
+from curate.pipeline.tasks.tokenizers import BYTES, byte_tokens, tokenizer
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 log = logging.getLogger("curate.tasks")

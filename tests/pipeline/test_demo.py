@@ -9,8 +9,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from curate.pipeline.demo import TRAIN_ROWS, check_claims, run_demo, write_digits
-from curate.pipeline.images import decode
-from curate.pipeline.storage import Folder
+from curate.pipeline.storing.storage import Folder
+from curate.pipeline.tasks.images import decode
 
 
 def test_the_two_files_are_the_digits_split_in_two(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_the_wheel_holds_every_module_and_is_reproducible(tmp_path: Path) -> Non
 
 def test_the_wheel_is_importable_from_its_place(tmp_path: Path) -> None:
     zipfile.ZipFile(write_wheel(tmp_path)).extractall(tmp_path / "site")
-    code = "import curate, curate.pipeline.units; print(curate.__file__)"
+    code = "import curate, curate.pipeline.scoring.units; print(curate.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(tmp_path / "site")},

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from curate.pipeline.corpus import Corpus, open_corpus
+from curate.pipeline.reading.corpus import Corpus, open_corpus
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",

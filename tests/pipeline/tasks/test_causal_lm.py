@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.models import make_model, model_args
+from curate.pipeline.models.models import make_model, model_args
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.causal_lm import CausalLM
 from curate.pipeline.tasks.registry import make_task, task_from_description
 from curate.scorers.protocol import IGNORE

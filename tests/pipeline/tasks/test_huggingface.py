@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from curate.pipeline.checkpoint import find_checkpoints, load_model, save_checkpoint
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.models import make_model, model_args
+from curate.pipeline.models.checkpoint import find_checkpoints, load_model, save_checkpoint
+from curate.pipeline.models.models import make_model, model_args
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import make_task, task_from_description
-from curate.pipeline.tokenizers import tokenizer
+from curate.pipeline.tasks.tokenizers import tokenizer
 
 Write = Callable[..., Corpus]
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.images import decode
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.image_classification import ImageClassification
+from curate.pipeline.tasks.images import decode
 from curate.pipeline.tasks.labels import Labels
 from curate.pipeline.tasks.registry import make_task, task_from_description
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.pipeline.corpus import Corpus
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.labels import Labels, find_labels
 
 Write = Callable[..., Corpus]

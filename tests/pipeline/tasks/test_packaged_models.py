@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from curate.pipeline.checkpoint import load_model, save_checkpoint
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.models import make_model, model_args
+from curate.pipeline.models.checkpoint import load_model, save_checkpoint
+from curate.pipeline.models.models import make_model, model_args
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import make_task, task_from_description
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from curate.pipeline.corpus import Corpus
-from curate.pipeline.models import make_model, model_args
+from curate.pipeline.models.models import make_model, model_args
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import TASKS, guess_task, make_task, task_from_description
 
 Write = Callable[..., Corpus]
@@ -121,7 +121,7 @@ def test_an_unknown_task_is_answered_with_the_known_ones(corpus: Write) -> None:
 OWN_TASK = '''
 import torch
 from curate import Batch, Outputs, Task
-from curate.pipeline.task import Columns
+from curate.pipeline.tasks.task import Columns
 
 class Parity(Task):
     """Whether a number is odd."""

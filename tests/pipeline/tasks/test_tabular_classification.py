@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curate.pipeline.corpus import Corpus
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import make_task, task_from_description
 
 Write = Callable[..., Corpus]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from curate.pipeline.corpus import Corpus
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import make_task, task_from_description
-from curate.pipeline.tokenizers import tokenizer
+from curate.pipeline.tasks.tokenizers import tokenizer
 
 Write = Callable[..., Corpus]
 

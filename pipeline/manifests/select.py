@@ -1,0 +1,304 @@
+"""Selecting rows of a score table under a budget and writing the manifest."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate.pipeline.manifests.census import Census, attached
+from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
+from curate.pipeline.scoring.score_table import ScoreTable
+from curate.pipeline.storing.storage import Folder
+from curate.scorers.registry import scorer_from_spec
+from curate.selectors.budget import need_columns, parse_budget
+from curate.selectors.protocol import Budget, Selection, Selector, Table
+from curate.selectors.registry import make_selector, selector_fields
+
+log = logging.getLogger("curate.select")
+
+GROUP_COLUMNS = ("label", "group", "class", "domain", "language", "lang", "source")
+"""Columns whose values are counted without being asked for, the first one there is."""
+
+_NOT_PARAMS = ("by", "direction", "carry", "ranked")
+
+
+def select(
+    scores: str | Path | ScoreTable = "run/scores",
+    *,
+    by: str | None = None,
+    budget: float | int | str | None = None,
+    method: str = "keep",
+    out: str | Path = "run/manifest",
+    seed: int = 0,
+    overwrite: bool = False,
+    drop_top: float | int = 0,
+    offset: float | int = 0,
+    include_errors: bool = False,
+    params: dict[str, Any] | None = None,
+) -> Manifest:
+    """Choose rows by their scores and return the manifest written to `out`.
+
+    `by` is the score column, by default the only one. `budget`: see `parse_budget`; a threshold
+    needs none. `method` is a name of `selectors/registry.py`, `params` its hyper-parameters;
+    `drop_top`, `offset` and `include_errors` are such parameters too. The same call again finds
+    its manifest and returns it. The returned manifest has a `summary`: what was kept beside what
+    a random selection would have kept.
+
+    Raises:
+        ValueError: the table is missing or unfinished, a column, method, parameter or budget is
+            wrong, nothing is selected, or `out` holds something else (unless `overwrite`).
+    """
+    table = scores if isinstance(scores, ScoreTable) else ScoreTable.open(scores)
+    asked = {**(params or {})}
+    for name, value in (("drop_top", drop_top), ("offset", offset)):
+        if value:
+            asked[name] = value
+    if include_errors:
+        asked["include_errors"] = True
+    request = _request(table, by, budget, method, seed, asked)
+    folder = Folder(str(out))
+    found = _already_there(folder, request, overwrite)
+    if found is not None:
+        log.info("%s holds this selection already", folder.uri)
+        return found
+    return _write(table, request, folder)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a table, checked; `content` is what the manifest says of it."""
+
+    selector: Selector
+    budget: Budget
+    by: str | None
+    group: str | None
+    content: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return int(self.content["selection"]["seed"])
+
+
+def _request(
+    table: ScoreTable,
+    by: str | None,
+    budget: float | int | str | None,
+    method: str,
+    seed: int,
+    asked: dict[str, Any],
+) -> Request:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"the seed must be a whole number from 0, not {seed!r}")
+    fields = selector_fields(method)
+    if budget is None and method != "threshold":
+        raise ValueError("say how much to keep: --budget 0.5, 50%, 10000 or 2e9tok")
+    amount = parse_budget(1.0 if budget is None else budget)
+    column = _score_column(table, by, is_needed="by" in fields and "by" not in asked)
+    group = _group_column(table, asked.get("by_group"), "by_group" in fields)
+    if "by_group" in fields and "by_group" not in asked:
+        if group is None:
+            raise ValueError(
+                f"method {method!r} needs a column of groups, --param by_group=COLUMN; the score "
+                f"table has none; score again with --keep COLUMN"
+            )
+        asked["by_group"] = group
+    if "by" in fields:
+        asked.setdefault("by", column)
+    if "direction" in fields and "direction" not in asked:
+        direction = _direction(table, asked["by"], is_needed=method == "keep")
+        asked |= {"direction": direction} if direction else {}
+    selector = make_selector(method, **asked)
+    need_columns(table, selector.needs)
+    carry = _carried(table, column, group) if "carry" in fields else ()
+    whole = make_selector(method, **asked, carry=carry) if carry else selector
+    return Request(whole, amount, column, group, _content(table, selector, amount, method, seed))
+
+
+def _content(
+    table: ScoreTable, selector: Selector, budget: Budget, method: str, seed: int
+) -> dict[str, Any]:
+    settings = json.loads(json.dumps(_settings(selector)))  # as it will be read back
+    value = budget.value if budget.kind == "fraction" else int(budget.value)
+    return {
+        "corpus": table.corpus,
+        "selection": {
+            "method": method,
+            "by": settings.get("by"),
+            "direction": _said_direction(method, settings),
+            "budget": {"kind": budget.kind, "value": value},
+            "seed": seed,
+            "params": {k: v for k, v in settings.items() if k not in _NOT_PARAMS},
+        },
+        "scores": [
+            {
+                "run": table.meta["run"],
+                "digest": table.success["digest"],
+                "scorers": table.scorers,
+            }
+        ],
+    }
+
+
+def _settings(selector: Selector) -> dict[str, Any]:
+    settings: dict[str, Any] = asdict(selector)  # type: ignore[call-overload]
+    return settings
+
+
+def _said_direction(method: str, settings: dict[str, Any]) -> str | None:
+    if method in ("top", "bottom"):
+        return "high" if method == "top" else "low"
+    if settings.get("offset"):
+        return "low"
+    return settings.get("direction") if settings.get("by") else None
+
+
+def _score_column(table: ScoreTable, by: str | None, is_needed: bool) -> str | None:
+    """Return the column asked for, or the only score; None where several could be meant."""
+    names = list(table.scorers)
+    if by is not None:
+        if by not in table.schema.names or by in ("shard", "row", "error"):
+            raise ValueError(f"the score table has no score {by!r}; it has: {', '.join(names)}")
+        return by
+    if len(names) == 1:
+        return str(names[0])
+    if is_needed:
+        raise ValueError(
+            f"the score table has several scores; choose one, --by: {', '.join(names)}"
+        )
+    return None
+
+
+def _direction(table: ScoreTable, by: str | None, is_needed: bool) -> str | None:
+    """Return which end the scorer's source keeps."""
+    if by in table.scorers:
+        return scorer_from_spec(table.scorers[by]).direction.keep
+    if is_needed:
+        raise ValueError(
+            f"column {by!r} is not a scorer's, so there is no known direction to keep; "
+            "choose --method top or bottom"
+        )
+    return None
+
+
+def _group_column(table: ScoreTable, asked: str | None, is_needed: bool) -> str | None:
+    """Return the column of classes or groups: as asked, else the first usual name there is."""
+    if asked is not None:
+        need_columns(table, frozenset({asked}))
+        return asked
+    for name in GROUP_COLUMNS:
+        if name in table.schema.names and name not in table.scorers:
+            if is_needed or _has_few_values(table, name):
+                return name
+    return None
+
+
+def _has_few_values(table: ScoreTable, column: str) -> bool:
+    """True unless the first batch shows that the column holds values, not groups."""
+    kind = table.schema.field(column).type
+    if pa.types.is_floating(kind) or pa.types.is_nested(kind):
+        return False
+    first = next(iter(table.scan([column])), None)
+    return first is None or len(first.column(0).unique()) <= 1000
+
+
+def _carried(table: Table, by: str | None, group: str | None) -> tuple[str, ...]:
+    wanted = dict.fromkeys(("id", "tokens", by, group))
+    return tuple(name for name in wanted if name is not None and name in table.schema.names)
+
+
+def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifest | None:
+    """Return the manifest of an equal request, or make the folder free for a new one.
+
+    Raises:
+        ValueError: it holds something else and may not be overwritten.
+    """
+    names = folder.names()
+    if NAME in names and not overwrite:
+        found = Manifest.read(folder.uri)
+        differences = _differences(found.content, request.content)
+        if differences:
+            raise ValueError(
+                f"{folder.uri} holds another selection ({'; '.join(differences)}); "
+                "choose another folder with --out or replace it with --overwrite"
+            )
+        try:
+            found.check_files()
+            return found
+        except ValueError as damage:
+            log.warning("%s: selecting again", damage)
+    foreign = [n for n in names if n != NAME and not is_part(n)] + folder.folders()
+    if foreign:
+        raise ValueError(
+            f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
+        )
+    for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
+        folder.delete(name)
+    return None
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Return in words what a manifest's request and a new one do not share."""
+    found = []
+    for key, new in asked["selection"].items():
+        old = there["selection"].get(key)
+        if key == "params":
+            old = {k: v for k, v in (old or {}).items() if k in new}
+        if old != new:
+            found.append(f"{key} {json.dumps(old)}, now {json.dumps(new)}")
+    if there["corpus"] != asked["corpus"]:
+        found.append("another corpus")
+    elif there["scores"] != asked["scores"]:
+        found.append("another score table")
+    return found
+
+
+def _write(table: ScoreTable, request: Request, folder: Folder) -> Manifest:
+    folder.clean_tmp()
+    census = Census(table, request.by, request.group)
+    rng = np.random.default_rng(request.seed)
+    selection = request.selector.select(census, request.budget, rng)
+    try:
+        files, rows = write_parts(folder, census.keep(_with_columns(selection, census, request)))
+        if not rows:
+            raise ValueError("no row fits the budget: the first one already exceeds it")
+    except Exception:
+        for name in filter(is_part, folder.names()):
+            folder.delete(name)
+        raise
+    content = write_manifest(folder, _finished(request, selection, census, files, rows))
+    manifest = Manifest(folder, content)
+    manifest.summary = census.summary()
+    return manifest
+
+
+def _with_columns(
+    selection: Selection, census: Census, request: Request
+) -> Iterator[pa.RecordBatch]:
+    """Yield the selection's batches with the columns that the manifest and the census need."""
+    carried = _carried(census, request.by, request.group)
+    if getattr(request.selector, "carry", None) == carried:
+        return iter(selection.batches)
+    return attached(iter(selection.batches), census, carried)
+
+
+def _finished(
+    request: Request, selection: Selection, census: Census, files: dict[str, str], rows: int
+) -> dict[str, Any]:
+    results = dict(selection.params)
+    weight_kind, schedule = results.pop("weight_kind", "none"), results.pop("schedule", None)
+    if request.group is not None:
+        results["group_column"] = request.group
+    chosen = request.content["selection"]
+    return {
+        **request.content,
+        "selection": {**chosen, "selected": rows, "params": {**chosen["params"], **results}},
+        "weight_kind": weight_kind,
+        "schedule": schedule,
+        "groups": census.groups() or {},
+        "files": files,
+    }

@@ -1,0 +1,171 @@
+"""The scores of one unit's rows while they are made, and the reduction of signals to scores.
+
+Shapes: K checkpoints, S seeds, B rows of a batch.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from curate.pipeline.scoring.units import Unit
+from curate.pipeline.scoring.work import (
+    Work,
+    has_checkpoints,
+    learning_rate_weights,
+    record_signals,
+)
+from curate.pipeline.training.records import read_records
+from curate.scorers.protocol import Signal
+
+Records = dict[int, dict[Signal, np.ndarray]]
+"""Seed -> signal -> float64 value of each row; NaN where training did not see the row."""
+
+
+class Reduction:
+    """Turns signals into scores: within a run by the scorer, over seeds by the mean."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.scorers = work.made
+        self.weights = {
+            seed: torch.from_numpy(learning_rate_weights([work.checkpoints[k] for k in indices]))
+            for seed, indices in work.runs.items()
+        }
+        self.records = sorted(record_signals(self.scorers))
+
+    def read_records(self, unit: Unit) -> Records:
+        """Return what training recorded of the unit's rows."""
+        if self.work.records is None or not self.records:
+            return {}
+        spans = [read_records(self.work.records, s.shard, s.start, s.rows) for s in unit.spans]
+        return {
+            seed: {
+                signal: np.concatenate([span[seed][signal.kind] for span in spans]).astype(float)
+                for signal in self.records
+            }
+            for seed in self.work.runs
+        }
+
+    def by_seed(
+        self, alias: str, reading: Mapping[Signal, Tensor], records: Records, rows: np.ndarray
+    ) -> Float64[np.ndarray, "s b"]:
+        """Return a scorer's float64 value in each run."""
+        scorer, runs = self.scorers[alias], []
+        for seed, indices in self.work.runs.items():
+            signals = {
+                s: torch.from_numpy(records[seed][s][rows])[None]
+                if s in self.records
+                else reading[s][indices]
+                for s in scorer.needs
+            }
+            runs.append(scorer.reduce(signals, self.weights[seed]).double().numpy())
+        return np.stack(runs)
+
+    def by_checkpoint(
+        self, alias: str, reading: Mapping[Signal, Tensor]
+    ) -> Float64[np.ndarray, "k b"]:
+        """Return a scorer's value at each checkpoint alone."""
+        scorer, one = self.scorers[alias], torch.ones(1, dtype=torch.float64)
+        at = [
+            scorer.reduce({s: reading[s][k : k + 1] for s in scorer.needs}, one).double().numpy()
+            for k in range(len(self.work.checkpoints))
+        ]
+        return np.stack(at)
+
+
+class ScoreRows:
+    """Columns of a unit, filled batch by batch in any order."""
+
+    def __init__(self, work: Work, unit: Unit) -> None:
+        self.work, self.unit = work, unit
+        self.reduction = Reduction(work)
+        self.records = self.reduction.read_records(unit)
+        self.errors: dict[int, str] = {}
+        n, many = unit.rows, len(work.runs) > 1
+        self.columns: dict[str, np.ndarray] = {}
+        for alias, scorer in self.reduction.scorers.items():
+            self.columns[alias] = np.full(n, np.nan, np.float32)
+            if many:
+                self.columns[f"{alias}_std"] = np.full(n, np.nan, np.float32)
+            if work.keep_checkpoints and has_checkpoints(scorer):
+                shape = (n, len(work.checkpoints))
+                self.columns[f"{alias}_by_checkpoint"] = np.full(shape, np.nan, np.float32)
+        if work.with_tokens:
+            self.columns["tokens"] = np.zeros(n, np.int32)
+
+    def fill(self, rows: np.ndarray, reading: Mapping[Signal, Tensor]) -> np.ndarray:
+        """Store these rows' scores; return which of them (bool [B]) are not finite and were not.
+
+        A value that is missing because training never saw the row is null, and no fault.
+        """
+        found, bad = {}, np.zeros(len(rows), dtype=bool)
+        if reading:
+            bad |= ~torch.isfinite(reading[Signal("loss")]).all(0).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for alias, scorer in self.reduction.scorers.items():
+                runs = self.reduction.by_seed(alias, reading, self.records, rows)
+                found[alias] = runs.mean(0).astype(np.float32)
+                if f"{alias}_std" in self.columns:
+                    found[f"{alias}_std"] = runs.std(0, ddof=1).astype(np.float32)
+                if has_checkpoints(scorer):
+                    bad |= ~np.isfinite(found[alias])
+                if f"{alias}_by_checkpoint" in self.columns:
+                    at = self.reduction.by_checkpoint(alias, reading)
+                    found[f"{alias}_by_checkpoint"] = at.T.astype(np.float32)
+        if "tokens" in self.columns:
+            found["tokens"] = reading[Signal("tokens")][0].nan_to_num().numpy().astype(np.int32)
+        for name, values in found.items():
+            self.columns[name][rows[~bad]] = values[~bad]
+        return bad
+
+    def why_not_finite(self, reading: Mapping[Signal, Tensor]) -> str:
+        """Return what is wrong with the one row of this reading."""
+        losses = reading[Signal("loss")][:, 0]
+        for checkpoint, loss in zip(self.work.checkpoints, losses.tolist(), strict=True):
+            if not np.isfinite(loss):
+                return f"the loss is {loss} at checkpoint {checkpoint.path.rsplit('/', 1)[-1]}"
+        for alias, scorer in self.reduction.scorers.items():
+            if has_checkpoints(scorer):
+                value = self.reduction.by_seed(alias, reading, {}, np.zeros(1, int)).mean()
+                if not np.isfinite(np.float32(value)):
+                    return f"the score {alias} is {np.float32(value)}"
+        return "a value is not finite"
+
+    def fail(self, row: int, reason: str) -> None:
+        """Give a row its error."""
+        self.errors[int(row)] = reason
+
+    def table(self, kept: pa.Table | None) -> pa.Table:
+        """Return the part: identity, kept columns, scores (null on error), errors."""
+        schema = self.work.schema
+        spans = self.unit.spans
+        columns: dict[str, pa.Array | pa.ChunkedArray] = {
+            "shard": np.concatenate([np.full(s.rows, s.shard, np.int32) for s in spans]),
+            "row": np.concatenate([np.arange(s.start, s.start + s.rows) for s in spans]),
+            "error": [self.errors.get(i) for i in range(self.unit.rows)],
+        }
+        failed = np.zeros(self.unit.rows, dtype=bool)
+        failed[list(self.errors)] = True
+        for name, values in self.columns.items():
+            if values.ndim == 2:
+                columns[name] = _lists(values, failed)
+            else:
+                absent = failed if name == "tokens" else failed | np.isnan(values)
+                columns[name] = pa.array(values, mask=absent)
+        for field in schema:
+            if field.name not in columns:
+                source = self.work.id_column if field.name == "id" else field.name
+                columns[field.name] = (
+                    pa.nulls(self.unit.rows, field.type) if kept is None else kept.column(source)
+                )
+        return pa.table({n: columns[n] for n in schema.names}, schema=schema)
+
+
+def _lists(values: np.ndarray, failed: np.ndarray) -> pa.Array:
+    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1])
+    flat = pa.array(values.reshape(-1), mask=np.isnan(values.reshape(-1)))
+    return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed))

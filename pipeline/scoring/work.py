@@ -1,0 +1,110 @@
+"""All that a scoring process needs to know, small enough to send to any worker."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate.pipeline.models.checkpoint import Checkpoint
+from curate.pipeline.reading.corpus import Corpus
+from curate.pipeline.scoring.batch_plan import BatchPlan
+from curate.pipeline.scoring.score_table import score_schema
+from curate.pipeline.tasks.registry import task_from_description
+from curate.scorers.protocol import RECORD_KINDS, Scorer, Signal
+from curate.scorers.registry import scorer_from_spec
+
+
+@dataclass(frozen=True)
+class Work:
+    """One scoring run. Two runs with equal work give equal parts.
+
+    `checkpoints` are ordered by (seed, step); those of one seed form a run. `records` is the
+    `records.parquet` that training wrote, where a scorer asks for it.
+    """
+
+    run: str
+    out: str
+    corpus: Corpus
+    task: Mapping[str, Any]
+    model: str | None
+    checkpoints: tuple[Checkpoint, ...]
+    scorers: Mapping[str, Mapping[str, Any]]
+    keep: tuple[str, ...] = ()
+    id_column: str | None = None
+    plan: BatchPlan = field(default_factory=BatchPlan)
+    keep_checkpoints: bool = False
+    with_tokens: bool = False
+    max_bad_rows: int = 10
+    records: str | None = None
+    threads: int = 1
+    device: str = "cpu"
+
+    @cached_property
+    def made(self) -> dict[str, Scorer]:
+        """The scorers by alias."""
+        return {alias: scorer_from_spec(dict(spec)) for alias, spec in self.scorers.items()}
+
+    @property
+    def runs(self) -> dict[int, list[int]]:
+        """Seed -> indices of its checkpoints."""
+        runs: dict[int, list[int]] = {}
+        for index, checkpoint in enumerate(self.checkpoints):
+            runs.setdefault(checkpoint.seed, []).append(index)
+        return runs
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The corpus columns to read: the task's where a model runs, the kept ones, the id."""
+        names: list[str] = []
+        if model_signals(self.made):
+            task = task_from_description(dict(self.task), self.corpus)
+            names += task.columns(self.corpus.schema).all
+        names += [*self.keep, *([self.id_column] if self.id_column else [])]
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of a part."""
+        scorers = self.made
+        corpus = self.corpus.schema
+        return score_schema(
+            scorers,
+            id_type=corpus.field(self.id_column).type if self.id_column else None,
+            keep=[corpus.field(name) for name in self.keep],
+            with_std=len(self.runs) > 1,
+            with_checkpoints=[a for a, s in scorers.items() if has_checkpoints(s)]
+            if self.keep_checkpoints
+            else [],
+            with_tokens=self.with_tokens,
+        )
+
+
+def model_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
+    """Return what one pass over the model must give: the union of all needs, and the loss."""
+    needs = {s for scorer in scorers.values() for s in scorer.needs if s.kind not in RECORD_KINDS}
+    return frozenset(needs | {Signal("loss")}) if needs else frozenset()
+
+
+def record_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
+    """Return what is read from the records of training."""
+    return frozenset(s for c in scorers.values() for s in c.needs if s.kind in RECORD_KINDS)
+
+
+def has_checkpoints(scorer: Scorer) -> bool:
+    """Tell whether the scorer has a value at each checkpoint, rather than one per run."""
+    return not any(s.kind in RECORD_KINDS for s in scorer.needs)
+
+
+def learning_rate_weights(checkpoints: tuple[Checkpoint, ...] | list[Checkpoint]) -> np.ndarray:
+    """Return the learning rates of one run's checkpoints, normalised to sum 1.
+
+    Equal weights where a rate is unknown, or zero everywhere.
+    """
+    rates = np.array([c.lr or 0.0 for c in checkpoints], dtype=np.float64)
+    if any(c.lr is None for c in checkpoints) or not rates.sum() > 0:
+        return np.full(len(rates), 1 / len(rates))
+    weights: np.ndarray = rates / rates.sum()
+    return weights

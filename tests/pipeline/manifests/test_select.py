@@ -1,0 +1,308 @@
+"""`select` on real score tables: defaults, refusals, idempotence, what the manifest says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curate.pipeline.manifests.census import Census, attached
+from curate.pipeline.manifests.manifest import Manifest
+from curate.pipeline.manifests.select import select
+from curate.pipeline.reading.corpus import open_corpus
+from curate.pipeline.scoring.score_table import (
+    META,
+    SUCCESS,
+    UNITS,
+    ScoreTable,
+    parquet_bytes,
+    score_schema,
+    write_part,
+)
+from curate.pipeline.storing.storage import Folder, canonical_json
+from curate.selectors.protocol import Budget
+from curate.selectors.top import Top
+
+ROWS = [40, 1, 59]
+
+
+def write_scores(run: Path, corpus_uri: str, scores: dict[str, np.ndarray], **columns) -> Path:
+    """Write a finished score table of one unit per shard; NaN scores become failed rows."""
+    corpus, folder = open_corpus(corpus_uri), Folder(str(run / "scores"))
+    keep = [pa.field(n, pa.array(v).type) for n, v in columns.items() if n not in ("id", "tokens")]
+    schema = score_schema(
+        scores,
+        id_type=pa.string() if "id" in columns else None,
+        keep=keep,
+        with_tokens="tokens" in columns,
+    )
+    start = 0
+    for unit, shard in enumerate(corpus.shards):
+        part = slice(start, start + shard.rows)
+        values = {
+            "shard": np.full(shard.rows, unit),
+            "row": np.arange(shard.rows),
+            **{n: np.asarray(v, dtype=object)[part] for n, v in columns.items()},
+            **{n: [None if np.isnan(x) else x for x in v[part]] for n, v in scores.items()},
+            "error": [
+                "broken" if any(np.isnan(v[i]) for v in scores.values()) else None
+                for i in range(part.start, part.stop)
+            ],
+        }
+        table = pa.table([pa.array(values[f.name], f.type) for f in schema], schema=schema)
+        write_part(folder, unit, table, {"rows": shard.rows})
+        start += shard.rows
+    units = pa.table(
+        {
+            "unit": range(len(ROWS)),
+            "shard": range(len(ROWS)),
+            "row_start": [0] * len(ROWS),
+            "rows": ROWS,
+        }
+    )
+    folder.replace(UNITS, parquet_bytes(units))
+    meta = {
+        "format": "curate.scores",
+        "version": 1,
+        "run": "r1",
+        "corpus": corpus.describe(),
+        "scorers": {name: {"name": name.split("-")[0], "params": {}} for name in scores},
+    }
+    folder.replace(META, canonical_json(meta))
+    success = {"rows": corpus.rows, "units": len(ROWS), "digest": "d1", "run": "r1"}
+    folder.replace(SUCCESS, canonical_json(success))
+    return run / "scores"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    for i, n in enumerate(ROWS):
+        table = pa.table({"x": np.arange(n) + 1000 * i, "text": [f"{i}/{j}" for j in range(n)]})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "data" / f"s{i}.parquet", row_group_size=16)
+    return str(tmp_path / "data")
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    found = np.random.default_rng(0).random(100).astype(np.float32)
+    found[[3, 70]] = np.nan
+    return found
+
+
+@pytest.fixture
+def scores(tmp_path: Path, corpus: str, values: np.ndarray) -> Path:
+    label = np.arange(100) % 3
+    ids = [f"id{i}" for i in range(100)]
+    return write_scores(tmp_path / "run", corpus, {"el2n": values}, label=label, id=ids)
+
+
+def positions(manifest: Manifest) -> list[int]:
+    table = pa.Table.from_batches(list(manifest.batches()))
+    starts = np.cumsum([0, *ROWS])[:-1]
+    return (starts[table["shard"].to_numpy()] + table["row"].to_numpy()).tolist()
+
+
+def test_the_short_form_keeps_the_half_that_the_scorer_says(
+    tmp_path, corpus, scores, values, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    manifest = select(budget=0.5)
+    expected = sorted(np.argsort(-np.nan_to_num(values, nan=-1), kind="stable")[:50].tolist())
+    assert positions(manifest) == expected
+    assert manifest.path == str(tmp_path / "run" / "manifest")
+    content = manifest.content
+    assert content["selection"] == {
+        "method": "keep",
+        "by": "el2n",
+        "direction": "high",
+        "budget": {"kind": "fraction", "value": 0.5},
+        "selected": 50,
+        "seed": 0,
+        "params": {
+            "drop_top": 0,
+            "include_errors": False,
+            "group_column": "label",
+            "ties": {"rule": "row order", "at_cut": 0},
+        },
+    }
+    assert content["corpus"] == open_corpus(corpus).describe()
+    assert content["weight_kind"] == "none" and content["schedule"] is None
+    label = np.arange(100) % 3
+    assert content["groups"] == {
+        str(c): {"of": int((label == c).sum()), "kept": int((label[expected] == c).sum())}
+        for c in range(3)
+    }
+    rows = pa.Table.from_batches(list(manifest.batches()))
+    assert rows.column_names == ["shard", "row", "id", "weight", "rank"]
+    assert rows["id"].to_pylist() == [f"id{i}" for i in expected]
+    by_rank = np.array(expected)[np.argsort(rows["rank"].to_numpy())]
+    assert (np.diff(values[by_rank]) <= 0).all()
+
+
+def test_low_is_kept_where_the_scorer_says_low(tmp_path, corpus, values):
+    from curate.scorers.registry import SCORERS, make_scorers
+
+    for name in SCORERS:
+        direction = make_scorers(name)[name].direction.keep
+        table = write_scores(tmp_path / name, corpus, {name: values})
+        kept = positions(select(table, budget=10, out=tmp_path / name / "m"))
+        sign = -1 if direction == "high" else 1
+        assert kept == sorted(np.argsort(sign * values)[:10].tolist()), name
+
+
+def test_the_summary_stands_beside_random(scores, tmp_path, values):
+    manifest = select(scores, budget=0.5, out=tmp_path / "m")
+    summary, good = manifest.summary, ~np.isnan(values)
+    assert summary["random"]["overlap"] == pytest.approx(50 / 98)
+    assert summary["score"]["random_mean"] == pytest.approx(values[good].mean(), rel=1e-6)
+    assert summary["score"]["kept_mean"] == pytest.approx(values[positions(manifest)].mean())
+    able = np.bincount((np.arange(100) % 3)[good])
+    for c in range(3):
+        assert summary["groups"][str(c)]["random"] == pytest.approx(able[c] * 50 / 98)
+    text = str(manifest)
+    assert "50 of 100 rows (50.0%)" in text and "random" in text
+    json.dumps(manifest.describe())
+
+
+def test_reads_the_table_three_times(scores, tmp_path, monkeypatch):
+    scans = []
+    scan = ScoreTable.scan
+    monkeypatch.setattr(
+        ScoreTable, "scan", lambda self, columns: scans.append(columns) or scan(self, columns)
+    )
+    monkeypatch.setattr("curate.pipeline.manifests.select._has_few_values", lambda *_: True)
+    select(scores, budget=0.5, out=tmp_path / "m")
+    assert len(scans) == 3
+
+
+def test_the_same_request_is_found_and_another_is_refused(scores, tmp_path):
+    out = tmp_path / "m"
+    first = select(scores, budget=0.5, out=out)
+    files = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("*.[jp]*")}
+    again = select(ScoreTable.open(scores), budget="50%", out=out)
+    assert again.content == first.content
+    assert files == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("*.[jp]*")}
+    with pytest.raises(ValueError, match=r'budget .*0\.5.*now .*"rows", "value": 9.*--overwrite'):
+        select(scores, budget=9, out=out)
+    with pytest.raises(ValueError, match=r'drop_top": 0.*now.*drop_top": 5'):
+        select(scores, budget=0.5, drop_top=5, out=out)
+    assert len(select(scores, budget=9, out=out, overwrite=True)) == 9
+
+
+def test_equal_requests_write_equal_bytes(scores, tmp_path):
+    for name in ("a", "b"):
+        select(scores, budget=0.5, method="random", seed=3, out=tmp_path / name)
+    for path in (tmp_path / "a").glob("*.[jp]*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_an_interrupted_selection_is_done_again(scores, tmp_path):
+    out = tmp_path / "m"
+    content = select(scores, budget=0.5, out=out).content
+    (out / "manifest.json").unlink()
+    (out / "part-00007.parquet").write_bytes(b"left over")
+    assert select(scores, budget=0.5, out=out).content == content
+    assert not (out / "part-00007.parquet").exists()
+    (out / "part-00000.parquet").write_bytes(b"damaged")
+    assert select(scores, budget=0.5, out=out).content == content
+    Manifest.read(out).check_files()
+
+
+def test_other_peoples_files_are_left_alone(scores, tmp_path):
+    out = tmp_path / "m"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds other files"):
+            select(scores, budget=0.5, out=out, overwrite=overwrite)
+    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="holds other files"):
+        select(scores, budget=0.5, out=scores)
+
+
+def test_several_scores_need_by(tmp_path, corpus, values):
+    table = write_scores(tmp_path / "run", corpus, {"el2n": values, "loss": 1 - values})
+    with pytest.raises(ValueError, match=r"several scores; .*--by: el2n, loss"):
+        select(table, budget=0.5, out=tmp_path / "m")
+    with pytest.raises(ValueError, match="no score 'el2m'; it has: el2n, loss"):
+        select(table, by="el2m", budget=0.5, out=tmp_path / "m")
+    assert len(select(table, by="loss", budget=0.5, out=tmp_path / "m")) == 50
+    drawn = select(table, method="random", budget=0.5, out=tmp_path / "r")
+    assert drawn.content["selection"]["by"] is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "say how much to keep"),
+        ({"budget": 0}, "not a positive number of rows"),
+        ({"budget": -3}, "not a positive number of rows"),
+        ({"budget": 1.5}, "not a fraction"),
+        ({"budget": 101}, "101 rows is more than the 100 rows there are"),
+        ({"budget": "9tok"}, "no column 'tokens'"),
+        ({"budget": 0.5, "method": "best"}, "unknown method 'best'; choose from: balanced"),
+        ({"budget": 0.5, "method": "random", "drop_top": 3}, "no parameter 'drop_top'"),
+        ({"budget": 0.5, "drop_top": 100}, "fewer than the 100 rows"),
+        ({"budget": 0.5, "by": "label"}, "no known direction"),
+        ({"budget": 0.5, "by": "id", "method": "top"}, "holds string, not scores"),
+        ({"budget": 0.5, "seed": -1}, "seed must be"),
+        ({"budget": 0.5, "method": "balanced", "params": {"by_group": "x"}}, "no column 'x'"),
+        ({"method": "threshold", "params": {"at_least": 5.0}}, "no row is left"),
+        ({"budget": 0.5, "params": {"colour": 1}}, "no parameter 'colour'; it takes"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(scores, tmp_path, asked, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        select(scores, out=tmp_path / "m", **asked)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "m").glob("*.*"))
+
+
+def test_missing_and_unfinished_tables_are_named(tmp_path, scores):
+    with pytest.raises(ValueError, match="holds no score table; make one with"):
+        select(tmp_path / "nowhere", budget=0.5, out=tmp_path / "m")
+    (scores / SUCCESS).unlink()
+    with pytest.raises(ValueError, match="not finished"):
+        select(scores, budget=0.5, out=tmp_path / "m")
+
+
+def test_balanced_uses_the_label_column_and_the_scorers_direction(scores, tmp_path, values):
+    manifest = select(scores, budget=30, method="balanced", out=tmp_path / "m")
+    kept, label = np.array(positions(manifest)), np.arange(100) % 3
+    for c in range(3):
+        mine = np.flatnonzero((label == c) & ~np.isnan(values))
+        best = mine[np.argsort(-values[mine])[:10]]
+        assert sorted(best.tolist()) == kept[label[kept] == c].tolist()
+    assert manifest.content["selection"]["params"]["by_group"] == "label"
+    assert "rank" not in next(manifest.batches()).schema.names
+
+
+def test_token_budgets_and_failed_rows(tmp_path, corpus, values):
+    tokens = np.arange(100) % 7 + 1
+    table = write_scores(tmp_path / "run", corpus, {"el2n": values}, tokens=tokens)
+    manifest = select(table, budget="60tok", out=tmp_path / "m")
+    assert manifest.content["selection"]["budget"] == {"kind": "tokens", "value": 60}
+    kept = positions(manifest)
+    assert (
+        53 < tokens[kept].sum() <= 60 and manifest.summary["tokens"]["kept"] == tokens[kept].sum()
+    )
+    everything = select(table, budget=1.0, out=tmp_path / "all")
+    assert len(everything) == 98 and not {3, 70} & set(positions(everything))
+    errors = select(table, budget=1.0, include_errors=True, out=tmp_path / "with")
+    assert len(errors) == 100
+    with pytest.raises(ValueError, match="no row fits the budget"):
+        hardest = int(np.nanargmax(values))
+        select(table, budget=f"{tokens[hardest] - 1 or 1}tok", out=tmp_path / "none")
+
+
+def test_columns_are_attached_for_selectors_that_do_not_carry_them(scores):
+    table = ScoreTable.open(scores)
+    columns = ("id", "el2n")
+    budget, rng = Budget("rows", 37), np.random.default_rng(0)
+    carried = Top(by="el2n", carry=columns).select(table, budget, rng).batches
+    plain = Top(by="el2n").select(table, budget, rng).batches
+    joined = attached(iter(plain), Census(table, None, None), columns)
+    assert pa.Table.from_batches(list(joined)).equals(pa.Table.from_batches(list(carried)))
