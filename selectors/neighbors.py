@@ -1,0 +1,82 @@
+"""Nearest neighbours: the one place that imports FAISS, on GPUs where there are any.
+
+Shapes: N base vectors, Q queries, D dimensions, K neighbours.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+Metric = Literal["cosine", "dot", "euclidean"]
+
+
+class Neighbors:
+    """An exact index to which vectors are added in blocks, numbered in the order they came.
+
+    `cosine` and `dot` rank the largest first, `euclidean` the smallest distance. Cosine
+    normalises both sides; a zero vector is as near to everything as an orthogonal one. Memory: N·D
+    float32 on the device.
+
+    Raises:
+        ValueError: an unknown metric, or vectors of another dimension or with NaN or infinity.
+        RuntimeError: FAISS is not installed.
+    """
+
+    def __init__(self, dimension: int, metric: Metric = "cosine") -> None:
+        if metric not in ("cosine", "dot", "euclidean"):
+            raise ValueError(f"unknown metric {metric!r}; choose cosine, dot or euclidean")
+        faiss = _faiss()
+        self.dimension, self.metric = dimension, metric
+        flat = faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP
+        self._index = _on_device(faiss, flat(dimension))
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def add(self, vectors: Float32[np.ndarray, "n d"]) -> None:
+        """Append vectors; they get the next numbers."""
+        self._index.add(self._ready(vectors))
+
+    def search(
+        self, queries: Float32[np.ndarray, "q d"], k: int
+    ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+        """Return similarities (or distances, not squared) and numbers of the k nearest, best first.
+
+        Raises:
+            ValueError: `k` is not between 1 and the number of vectors added.
+        """
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k={k} neighbours of {len(self)} vectors; choose 1 to {len(self)}")
+        values, numbers = self._index.search(self._ready(queries), k)
+        if self.metric == "euclidean":
+            values = np.sqrt(np.maximum(values, 0))
+        return values, numbers
+
+    def _ready(self, vectors: np.ndarray) -> np.ndarray:
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
+            raise ValueError(f"vectors of shape {vectors.shape}; expected [n, {self.dimension}]")
+        if not np.isfinite(vectors).all():
+            raise ValueError("vectors hold NaN or infinity; leave such rows out first")
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        if self.metric != "cosine":
+            return vectors
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / np.where(norms > 0, norms, 1))
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise RuntimeError(
+            "FAISS is not installed: pip install 'curate[cpu]', or 'curate[gpu]' where CUDA is"
+        ) from None
+    return faiss
+
+
+def _on_device(faiss: Any, index: Any) -> Any:
+    """Return the index on the GPUs, where this build of FAISS sees any."""
+    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
+        return index
+    return faiss.index_cpu_to_all_gpus(index)

@@ -1,0 +1,66 @@
+"""Nearest neighbours against the whole distance matrix."""
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curate.selectors.neighbors import Metric, Neighbors
+
+pytest.importorskip("faiss")
+
+
+def index_of(blocks: list[np.ndarray], metric: Metric = "cosine") -> Neighbors:
+    index = Neighbors(blocks[0].shape[1], metric)
+    for block in blocks:
+        index.add(block)
+    return index
+
+
+def brute_force(base: np.ndarray, queries: np.ndarray, metric: Metric) -> np.ndarray:
+    """Every value [Q, N] in float64, larger is nearer."""
+    base, queries = base.astype(np.float64), queries.astype(np.float64)
+    if metric == "euclidean":
+        return -np.linalg.norm(queries[:, None] - base[None], axis=2)
+    if metric == "cosine":
+        base = base / np.linalg.norm(base, axis=1, keepdims=True)
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    return queries @ base.T
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.integers(1, 40), st.sampled_from(["cosine", "dot", "euclidean"]))
+def test_the_nearest_are_those_of_the_whole_matrix(seed: int, n: int, metric: Metric) -> None:
+    draw = np.random.default_rng(seed)
+    base = draw.normal(size=(n, 7)).astype(np.float32)
+    queries = draw.normal(size=(5, 7)).astype(np.float32)
+    k = int(draw.integers(1, n + 1))
+    values, numbers = index_of(np.array_split(base, 3), metric).search(queries, k)
+    every = brute_force(base, queries, metric)
+    signed = -values if metric == "euclidean" else values
+    # float32 sums of 7 products of normal numbers; euclidean squares and takes the root again.
+    np.testing.assert_allclose(signed, -np.sort(-every, axis=1)[:, :k], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(np.take_along_axis(every, numbers, 1), signed, rtol=1e-4, atol=2e-5)
+
+
+def test_a_zero_vector_is_orthogonal_to_all() -> None:
+    index = index_of([np.eye(3, dtype=np.float32), np.zeros((1, 3), np.float32)])
+    values, _ = index.search(np.zeros((1, 3), np.float32), 4)
+    assert values.tolist() == [[0, 0, 0, 0]]
+
+
+def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Neighbors(3)
+    with pytest.raises(ValueError, match=r"shape \(2, 4\); expected \[n, 3\]"):
+        index.add(np.zeros((2, 4), np.float32))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        index.add(np.full((1, 3), np.nan, np.float32))
+    with pytest.raises(ValueError, match="k=1 neighbours of 0 vectors"):
+        index.search(np.zeros((1, 3), np.float32), 1)
+    with pytest.raises(ValueError, match="unknown metric 'l2'"):
+        Neighbors(3, "l2")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(RuntimeError, match="pip install 'curate"):
+        Neighbors(3)
