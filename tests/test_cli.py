@@ -132,6 +132,11 @@ def test_a_dry_run_writes_nothing(room: Path, curate: Callable[..., Answer]) -> 
     assert sorted(room.rglob("*")) == before
 
 
+def test_a_guessed_task_is_said_aloud(room: Path, curate: Callable[..., Answer]) -> None:
+    answer = curate("train", "train", "--model", "mlp", "--epochs", 1, "--seeds", 1, "-o", "one")
+    assert answer.code == 0 and "task: image_classification, guessed" in answer.err
+
+
 def test_checkpoints_may_be_listed_behind_one_flag(
     room: Path, curate: Callable[..., Answer]
 ) -> None:

@@ -21,7 +21,7 @@ from curate.pipeline.scoring.batch_plan import BatchPlan
 from curate.pipeline.scoring.score_table import FORMAT, VERSION
 from curate.pipeline.scoring.work import Work, model_signals, record_signals
 from curate.pipeline.storing.storage import Folder, canonical_json
-from curate.pipeline.tasks.guess import guess_task
+from curate.pipeline.tasks.guess import guess_aloud
 from curate.pipeline.tasks.registry import make_task, task_from_description
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.training.records import read_records
@@ -107,7 +107,7 @@ def _task(request: Request, found: Sequence[Checkpoint]) -> Task:
     options = dict(request.task_options or {})
     recorded, corpus = found[0].task, request.corpus
     if recorded is None:
-        name = request.task or guess_task(corpus.schema)
+        name = request.task or guess_aloud(corpus.schema)
         log.info("task: %s", name)
         return make_task(name, corpus, model=request.model or found[0].path, **options)
     kind = recorded["kind"]

@@ -1,5 +1,7 @@
 """Which task a corpus is for, as far as its columns tell."""
 
+import logging
+
 import pyarrow as pa
 
 from curate.pipeline.tasks.arrays import is_string, leaf_type, list_shape, storage_type
@@ -13,6 +15,15 @@ from curate.pipeline.tasks.schema import (
     label_column,
 )
 from curate.pipeline.tasks.tabular_classification import is_feature
+
+log = logging.getLogger("curate.task")
+
+
+def guess_aloud(schema: pa.Schema, label: str | None = None) -> str:
+    """Return `guess_task` and tell the user what was guessed."""
+    task = guess_task(schema, label)
+    log.info("task: %s, guessed from the columns; --task names another", task)
+    return task
 
 
 def guess_task(schema: pa.Schema, label: str | None = None) -> str:

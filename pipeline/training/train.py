@@ -20,7 +20,7 @@ from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.storing.lock import RunLock
 from curate.pipeline.storing.storage import Folder, absolute
 from curate.pipeline.tasks.causal_lm import CausalLM
-from curate.pipeline.tasks.guess import guess_task
+from curate.pipeline.tasks.guess import guess_aloud
 from curate.pipeline.tasks.registry import make_task
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.training.encoded_rows import CHUNK_ROWS, BadRows, encode
@@ -252,7 +252,7 @@ def _task(corpus: Corpus, task: str | None, options: Mapping[str, Any] | None, m
     if not corpus.rows:
         raise ValueError(f"the corpus {corpus.uri} has no rows")
     if task is None:
-        task = guess_task(corpus.schema, (options or {}).get("label"))
+        task = guess_aloud(corpus.schema, (options or {}).get("label"))
     return make_task(task, corpus, model=model, **(options or {}))
 
 
