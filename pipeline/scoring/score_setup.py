@@ -108,7 +108,6 @@ def _task(request: Request, found: Sequence[Checkpoint]) -> Task:
     recorded, corpus = found[0].task, request.corpus
     if recorded is None:
         name = request.task or guess_aloud(corpus.schema)
-        log.info("task: %s", name)
         return make_task(name, corpus, model=request.model or found[0].path, **options)
     kind = recorded["kind"]
     asked = request.task
