@@ -1,6 +1,7 @@
 # make demo        set up .venv and run the whole job on real data
 # make test        set up .venv with the development tools and run the tests
 # make test-slow   the long tests: kills, stress, installs
+# make test-shapes the tensor rooms' tests with shapes and types checked at every call
 # make lint        ruff and mypy
 #
 # PYTHON=python3.12 picks another interpreter, EXTRAS=gpu the CUDA build of FAISS.
@@ -13,7 +14,7 @@ RUN    ?= run
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
-.PHONY: demo test test-slow lint setup setup-dev clean
+.PHONY: demo test test-slow test-shapes lint setup setup-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/curate demo -o $(RUN)
@@ -23,6 +24,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow
+
+test-shapes: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow" tests/kernels tests/scorers \
+	  --jaxtyping-packages=curate.kernels,curate.scorers,beartype.beartype
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
