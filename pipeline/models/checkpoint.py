@@ -232,6 +232,11 @@ def _folders(path: str) -> list[str]:
     if not matches or not all(os.path.exists(m) for m in matches):
         raise ValueError(f"no checkpoint at {path}: there is nothing")
     found = [os.path.abspath(f) for match in matches for f in _below(Path(match))]
+    if not found and (adapter := next((m for m in matches if _is_adapter(Path(m))), None)):
+        raise ValueError(
+            f"{adapter} holds an adapter without its base model; merge them and save the whole: "
+            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+        )
     if not found:
         raise ValueError(
             f"no checkpoint in {path}; expected folders such as seed0-epoch005 or checkpoint-500"
@@ -247,6 +252,10 @@ def _below(folder: Path) -> list[Path]:
     if not found and (folder / "checkpoints").is_dir():
         return _below(folder / "checkpoints")
     return found
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("*/adapter_config.json"))
 
 
 def _of_trainer(folder: Path, digest: str) -> Checkpoint:
@@ -311,6 +320,9 @@ def _write(folder: Path, model: Any, meta: dict[str, Any]) -> None:
     save_weights(folder / "model.safetensors", model)
     if is_transformer(model):
         model.config.architectures = [type(model).__name__]
+        if classes := meta["task"].get("classes"):  # not those of the model that it started from
+            model.config.id2label = {i: str(name) for i, name in enumerate(classes)}
+            model.config.label2id = {str(name): i for i, name in enumerate(classes)}
         model.config.save_pretrained(folder)
     _save_tokenizer(folder, meta["task"])
     (folder / META).write_text(json.dumps(meta, indent=2, sort_keys=True, allow_nan=False) + "\n")

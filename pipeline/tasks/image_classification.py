@@ -72,6 +72,7 @@ class ImageClassification(Classification):
         cls,
         corpus: Corpus,
         *,
+        model: str | None = None,
         inputs: str | Sequence[str] | None = None,
         label: str | None = None,
         classes: int | str | Sequence[str | int] | None = None,
@@ -89,7 +90,7 @@ class ImageClassification(Classification):
         Raises:
             ValueError: no column is evidently the image or the label, or images do not agree.
         """
-        label, labels = find_labels(corpus, label, classes)
+        label, labels = find_labels(corpus, label, classes, model)
         column = _image_column(corpus.schema, label, inputs)
         made = cls((column,), label, labels, id_column(corpus.schema))
         made.stored = stored_as(corpus.schema.field(column).type)

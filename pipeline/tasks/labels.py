@@ -11,6 +11,7 @@ import pyarrow.types as pt
 
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.arrays import combined, is_string, storage_type
+from curate.pipeline.tasks.model_classes import in_order, model_classes
 from curate.pipeline.tasks.schema import LABEL_NAMES, class_names, label_column
 
 MAX_CLASSES = 65_536
@@ -76,9 +77,14 @@ class Labels:
 
 
 def find_labels(
-    corpus: Corpus, label: str | None, classes: int | str | Sequence[str | int] | None
+    corpus: Corpus,
+    label: str | None,
+    classes: int | str | Sequence[str | int] | None,
+    model: str | None = None,
 ) -> tuple[str, Labels]:
     """Return the label column and its classes: given, declared by the schema, or found by a scan.
+
+    A Hugging Face classifier as `model` tells their order, where its classes are the corpus's.
 
     Raises:
         ValueError: no column is evidently the label, it has no usable type, or no row has a label.
@@ -93,11 +99,24 @@ def find_labels(
         raise ValueError(
             f"no label column {name!r}; the corpus has {', '.join(corpus.schema.names)}"
         )
-    given = _given(classes) or _declared(corpus.schema, name)
-    if given is None:
-        return name, _scan(corpus, name)
-    _require_one_label(corpus, name, given)
-    return name, given
+    given, outputs = _given(classes), model_classes(model)
+    if given is None and (given := _declared(corpus.schema, name)) and outputs:
+        given = _declared_in_order(given, outputs, name, str(model))
+    if given is not None:
+        _require_one_label(corpus, name, given)
+        return name, given
+    values = _scan(corpus, name)
+    ordered = in_order(values, outputs) if outputs else None
+    if ordered is not None:
+        log.info("the classes are those of %s: %s", model, _few(ordered[0]))
+        return name, Labels(*ordered)
+    if outputs and len(outputs) == len(values):
+        log.warning(
+            "%s calls its classes %s, the corpus %s: they are paired in this order "
+            "(--task-option classes=... for another)", model, _few(outputs), _few(values)
+        )  # fmt: skip
+    log.info("found %d classes in column %r: %s", len(values), name, _few(values))
+    return name, Labels(values)
 
 
 def _given(classes: int | str | Sequence[str | int] | None) -> Labels | None:
@@ -121,7 +140,26 @@ def _declared(schema: pa.Schema, name: str) -> Labels | None:
     return None
 
 
-def _scan(corpus: Corpus, name: str) -> Labels:
+def _declared_in_order(declared: Labels, outputs: Sequence[str], name: str, model: str) -> Labels:
+    """Return the declared classes in the model's order.
+
+    Raises:
+        ValueError: the corpus's numbers mean other classes than the model's.
+    """
+    ordered = in_order(declared.classes, outputs)
+    if ordered is None or ordered[0] == declared.classes:
+        return declared
+    if not declared.by_index:
+        return Labels(*ordered)
+    raise ValueError(
+        f"label column {name!r} numbers its classes {_few(declared.classes)}, but {model} "
+        f"{_few(outputs)}; write the labels as text, or --task-option classes=... in the order "
+        "of the numbers"
+    )
+
+
+def _scan(corpus: Corpus, name: str) -> tuple[str | int, ...]:
+    """Return the different labels, sorted."""
     values: set[str | int] = set()
     for array in _stream(corpus, name):
         values.update(pc.unique(array.drop_null()).to_pylist())
@@ -132,9 +170,7 @@ def _scan(corpus: Corpus, name: str) -> Labels:
             )
     if not values:
         raise ValueError(f"label column {name!r} is null in all {corpus.rows} rows")
-    classes = tuple(sorted(values, key=lambda v: (isinstance(v, str), v)))
-    log.info("found %d classes in column %r: %s", len(classes), name, _few(classes))
-    return Labels(classes)
+    return tuple(sorted(values, key=lambda v: (isinstance(v, str), v)))
 
 
 def _require_one_label(corpus: Corpus, name: str, labels: Labels) -> None:

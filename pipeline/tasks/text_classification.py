@@ -68,7 +68,7 @@ class TextClassification(Classification):
         Raises:
             ValueError: no column is evidently the text or the label, or there is no tokenizer.
         """
-        label, labels = find_labels(corpus, label, classes)
+        label, labels = find_labels(corpus, label, classes, model)
         columns = text_columns(corpus.schema, inputs, label, most=2)
         source = tokenizer_source(tokenizer, model)
         if source is None:
