@@ -1,5 +1,6 @@
 """GraNd at initialisation: a warning, and how far it is just the norm of the input."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -34,7 +35,9 @@ def gradient_scorers(work: Work) -> list[str]:
 def warn_of_step_zero(work: Work) -> bool:
     """Warn when gradient norms are asked for at step 0; return whether that is so."""
     aliases = gradient_scorers(work)
-    if not aliases or all(c.step > 0 for c in work.checkpoints):
+    # A model folder that tells neither step nor epoch may be trained to the end.
+    is_told = [c.task is not None or c.epoch is not None for c in work.checkpoints]
+    if not aliases or not any(c.step == 0 for c in itertools.compress(work.checkpoints, is_told)):
         return False
     log.warning(
         "%s at step 0: gradient norms at initialisation do not reproduce as a score and are no "
