@@ -118,9 +118,9 @@ class Replay:
         """Turn what a module says when it cannot be run so into a change of plan."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Replan):
             raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a module says when it is given its rows alone
             reason = str(error).strip().split("\n")[0]
             raise Replan(f"{doing} {self.module!r} failed: {reason}", self.params) from None
 
@@ -248,10 +248,13 @@ def whole_model_rows(
             grads: Sequence[Tensor | None] = [None] * len(tensors)
             if loss.requires_grad and tensors:
                 grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
-        zeros = (
-            torch.zeros_like(p) if g is None else g for g, p in zip(grads, tensors, strict=True)
-        )
-        yield loss.detach(), list(zeros)
+        pairs = zip(grads, tensors, strict=True)
+        yield loss.detach(), [torch.zeros_like(p) if g is None else _dense(g) for g, p in pairs]
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Return the gradient of an `Embedding(sparse=True)` as that of any other table."""
+    return grad.to_dense() if grad.is_sparse else grad
 
 
 @contextmanager

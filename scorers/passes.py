@@ -157,6 +157,7 @@ class _Pass:
             layouts=self.plan.layouts,
             counts={name: self.plan.counts[name] for name in analytic},
             absent=frozenset(self.plan.names("unused", paths)),
+            known_hidden=self.plan.hidden,
             copies=frozenset(self.plan.copies),
             shapes={name: p.shape for name, p in self.params.items()},
             rows=self.rows,

@@ -52,6 +52,8 @@ class Plan:
     choices: dict[str, list[Path]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     leaf_axes: dict[str, "CallAxes"] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+    """Parameters that the probe met where no gradient is recorded."""
     copies: set[UseKey] = field(default_factory=set)
     trusted: set[str] = field(default_factory=set)
     """Modules through which the probe has found parameters right."""
@@ -62,6 +64,20 @@ class Plan:
 
     def names(self, kind: str, among: Iterable[str]) -> set[str]:
         return {name for name in among if self.path(name).kind == kind}
+
+    def doubtful(self, name: str) -> bool:
+        """Tell whether a path may be wrong although its layouts agree with the values seen.
+
+        A module run on its own may miss what joins it to the loss, a table spread over the rows
+        may go where it does not fit, and a use may be hidden in a custom autograd Function.
+        """
+        path = self.path(name)
+        if name in self.hidden:
+            return True
+        if path.kind in ("vmap", "rows"):
+            return path != WHOLE
+        keys = [key for key in self.layouts if name in key[1]]
+        return any(self.layouts[key].kind.startswith("shared") for key in keys)
 
     def demote(self, names: Collection[str], reason: str) -> None:
         """Send parameters to their next path."""

@@ -1,8 +1,10 @@
 """A model made ready for scoring, and put back as it was."""
 
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 
@@ -47,7 +49,8 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
         model.eval()
         for name, p in named_parameters(model).items():
             p.requires_grad_(name in differentiable)
-        yield
+        with _uncompiled():
+            yield
     finally:
         for p, flag in needed:
             p.requires_grad_(flag)
@@ -57,3 +60,14 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
             module._compiled_call_impl = call
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Within: functions given to `torch.compile` run as they were written.
+
+    Entering it would import the compiler, seconds of work; without it nothing is compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curate.scorers.parts import Gradient, Layout, Part, join
-from curate.scorers.uses import Overwritten, Param, Use, read_alias, read_use
+from curate.scorers.readers import read_alias, read_use
+from curate.scorers.uses import Overwritten, Param, Use
 
 UseKey = tuple[str, tuple[str, ...], int]
 """Kind, parameter names, and which of such uses in this pass."""
@@ -39,8 +40,9 @@ class Listener(Protocol):
     def before(self, key: UseKey, use: Use) -> None: ...
     def after(self, key: UseKey, use: Use, out: Tensor) -> Tensor: ...
     def unknown(self, names: set[str], func: Callable[..., Any]) -> None: ...
+    def hidden(self, names: set[str]) -> None: ...
     def other(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     ) -> None: ...
 
 
@@ -62,11 +64,18 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         hits = self._hits(args, kwargs)
-        # Where no gradient is recorded there is none to find (a custom Function's forward, which
-        # is looked after by the probe and by the check of unused parameters).
         if not hits or not torch.is_grad_enabled():
-            self._listener.other(func, args, kwargs)
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if not hits:
+                self._listener.other(func, args, kwargs, out)
+            elif _has_tensor(out):
+                self._listener.hidden({p.name for p in hits})
+            return out
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Inside the model's own vmap or grad, where outputs cannot be hooked.
+            out = func(*args, **kwargs)
+            self._listener.unknown({p.name for p in hits}, func)
+            return out
         if opened := _opened(func):
             with self:
                 return opened(*args, **kwargs)
@@ -182,6 +191,8 @@ class Taps:
     """The parameters to be collected here and how often each is used."""
     absent: frozenset[str]
     """Parameters that the plan holds for unused."""
+    known_hidden: frozenset[str]
+    """Parameters that the probe met where no gradient is recorded, and found right all the same."""
     copies: frozenset[UseKey]
     shapes: Mapping[str, torch.Size]
     rows: int
@@ -239,8 +250,12 @@ class Taps:
         if names := names & (self.counts.keys() | self.absent):
             raise Replan(f"used by {torch.overrides.resolve_name(func)}", names)
 
+    def hidden(self, names: set[str]) -> None:
+        if names := (names & self.counts.keys()) - self.known_hidden:
+            raise Replan("used where no gradient is recorded, as the probe did not", names)
+
     def other(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     ) -> None: ...
 
     def check(self) -> None:

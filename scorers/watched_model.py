@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from curate.scorers.passes import Harvest, Passes
 from curate.scorers.plan import Plan, summary
-from curate.scorers.prepared import canonical_name, unwrapped
-from curate.scorers.probe import discover, verify
+from curate.scorers.prepared import canonical_name, named_parameters, unwrapped
+from curate.scorers.probe import PROBE_ROWS, discover, verify
 from curate.scorers.protocol import Outputs
+from curate.scorers.rows import count_rows
 
 log = logging.getLogger("curate.engine")
 
@@ -25,7 +26,7 @@ class WatchedModel:
 
     def __init__(self, model: nn.Module, outputs: LossFn, probe: bool) -> None:
         self.passes = Passes(unwrapped(model), outputs, Plan())
-        self._probe, self._ready = probe, False
+        self._probe, self._seen_rows = probe, 0
         params = {canonical_name(n): p for n, p in self.passes.model.named_parameters()}
         self.all = tuple(params)
         self.trainable = tuple(n for n, p in params.items() if p.requires_grad)
@@ -74,22 +75,35 @@ class WatchedModel:
             )
         return head.names
 
+    def _refuse_complex(self) -> None:
+        params = named_parameters(self.passes.model)
+        if found := [n for n in self._needed() if params[n].is_complex()]:
+            raise ValueError(
+                f"{found[0]} is complex, and per-row gradients are taken of real parameters only; "
+                "name the others by params="
+            )
+
     def _needed(self) -> list[str]:
         needed = frozenset().union(*map(self.names, self._params))
         return [name for name in self.all if name in needed]
 
     def ready(self, batch: Any) -> None:
-        if self._ready:
+        rows = count_rows(batch)
+        # One row alone says nothing of what a second one would change.
+        if self._seen_rows >= min(rows, PROBE_ROWS):
             return
         if self._probe:
             self.verify(batch)
         else:
             self._discover(batch)
-        self._ready = True
+            if doubtful := [n for n in self._needed() if self.passes.plan.doubtful(n)]:
+                verify(self.passes, doubtful, batch)
+        self._seen_rows = rows
 
     def _discover(self, batch: Any) -> None:
         if self._params or self._head or self._logits:
             discover(self.passes, list(self.all), batch)
+        self._refuse_complex()
         head = self.passes.plan.head
         if self._head:
             self._head_names()
@@ -100,7 +114,7 @@ class WatchedModel:
     def verify(self, batch: Any) -> None:
         self._discover(batch)
         verify(self.passes, self._needed(), batch)
-        self._ready = True
+        self._seen_rows = count_rows(batch)
         for name, path in self.paths.items():
             log.debug("%s: %s", name, path)
 
