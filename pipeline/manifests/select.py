@@ -186,12 +186,13 @@ def _direction(table: ScoreTable, by: str | None, is_needed: bool) -> str | None
 
 
 def _group_column(table: ScoreTable, asked: str | None, is_needed: bool) -> str | None:
-    """Return the column of classes or groups: as asked, else the first usual name there is."""
+    """Return the column of classes or groups: as asked, else the task's label or a usual name."""
     if asked is not None:
         need_columns(table, frozenset({asked}))
         return asked
-    for name in GROUP_COLUMNS:
-        if name in table.schema.names and name not in table.scorers:
+    label = ((table.meta.get("task") or {}).get("columns") or {}).get("label")
+    for name in (label, *GROUP_COLUMNS):
+        if name and name in table.schema.names and name not in table.scorers:
             if is_needed or _has_few_values(table, name):
                 return name
     return None

@@ -280,6 +280,16 @@ def test_balanced_uses_the_label_column_and_the_scorers_direction(scores, tmp_pa
     assert "rank" not in next(manifest.batches()).schema.names
 
 
+def test_classes_are_counted_by_the_tasks_own_label(tmp_path, corpus, values):
+    diagnosis = np.array(["benign", "malignant"])[np.arange(100) % 2]
+    table = write_scores(tmp_path / "run", corpus, {"el2n": values}, diagnosis=diagnosis)
+    meta = json.loads((table / META).read_text())
+    meta["task"] = {"kind": "tabular_classification", "columns": {"label": "diagnosis"}}
+    (table / META).write_bytes(canonical_json(meta))
+    manifest = select(table, budget=10, method="balanced", out=tmp_path / "m")
+    assert manifest.content["groups"] == {c: {"of": 50, "kept": 5} for c in ("benign", "malignant")}
+
+
 def test_token_budgets_and_failed_rows(tmp_path, corpus, values):
     tokens = np.arange(100) % 7 + 1
     table = write_scores(tmp_path / "run", corpus, {"el2n": values}, tokens=tokens)
