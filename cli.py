@@ -4,11 +4,14 @@ Results go to stdout (`--json` for machines), everything else to stderr. Exit co
 1 failed, 2 wrong input, 3 done with rows or units left out.
 """
 
+import contextlib
 import json
 import logging
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
@@ -442,15 +445,54 @@ def run_(
 def main() -> None:
     """Run the command line; an error is one sentence, with a traceback only under -v."""
     try:
-        app(_spread(sys.argv[1:]))
+        with _stoppable():
+            app(_spread(sys.argv[1:]))
     except ValueError as error:
         _fail(error, 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", 130)
+    except Stopped as stopped:
+        _fail("interrupted; the same command goes on from here", 128 + stopped.number)
     except (RuntimeError, OSError) as error:
         _fail(error, 1)
     except Exception as error:
         _fail(f"internal error, {type(error).__name__}: {error}; -v shows where", 1, error)
+
+
+class Stopped(Exception):
+    """The command was ended by Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise Stopped where a signal ended the block: workers are stopped, locks given back.
+
+    Inside, the signal is a KeyboardInterrupt, the only one that C extensions let through; what
+    they and typer make of it does not matter. A second signal ends the process at once.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except BaseException as end:
+        if isinstance(end, SystemExit) and end.code == signal.SIGTERM:
+            stopped.append(signal.SIGTERM)  # Ray, while it starts, has a handler of its own
+        if stopped:
+            raise Stopped(stopped[0]) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _spread(arguments: list[str]) -> list[str]:

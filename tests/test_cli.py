@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,3 +312,28 @@ class TestBadInput:
         ):
             answer = curate(*command)
             assert answer.code == 2 and word in answer.sentence, command
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_ends_a_command_in_one_sentence_and_gives_the_lock_back(
+    room: Path, curate_environment: dict[str, str], number: int, code: int
+) -> None:
+    out = room / "run" / "stopped"
+    command = [sys.executable, "-m", "curate.cli", "train", str(room / "train"), "--model", "mlp"]
+    process = subprocess.Popen(
+        [*command, "--epochs", "2000", "--threads", "1", "-o", str(out)],
+        env=curate_environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "train.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code, said
+    assert said.splitlines()[-1] == "error: interrupted; the same command goes on from here"
+    assert "Traceback" not in said and not (out / "_lock.json").exists()

@@ -91,7 +91,8 @@ def score_on_ray(
         ValueError: the input is wrong, or the cluster cannot be joined.
         RunError: workers keep dying, or too many rows are bad.
     """
-    with connected(address, run.work, workers, num_gpus, len(run.todo)) as cluster:
+    with connected(address, run.work.out):
+        cluster = Cluster.split(run.work.threads, workers, num_gpus, len(run.todo))
         with run.progress(show) as progress:
             Pool(run, cluster, progress, sizing.seconds_per_row).work()
 

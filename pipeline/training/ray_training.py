@@ -6,9 +6,12 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import ray
 
+from curate.pipeline.ray_cluster import check_gpus, connected, resources
 from curate.pipeline.training.train_settings import TrainSettings
 
 MAX_RETRIES = 3
+TICK_S = 1.0
+"""How long a wait may keep signals waiting."""
 
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
@@ -21,6 +24,7 @@ class RayShare:
     threads: int
     num_gpus: int | float
     address: str | None
+    out: str
 
     @classmethod
     def of(
@@ -28,7 +32,7 @@ class RayShare:
     ) -> "RayShare":
         """Return the share of one training: its threads, and a GPU where it runs on one."""
         usual = 1.0 if settings.device.startswith("cuda") else 0.0
-        return cls(settings.threads, usual if num_gpus is None else num_gpus, address)
+        return cls(settings.threads, usual if num_gpus is None else num_gpus, address, settings.out)
 
 
 def results_on_ray(
@@ -38,33 +42,39 @@ def results_on_ray(
 
     A task whose worker dies is tried again and goes on from its last saved state. The folders that
     jobs write to must be visible from every node. An error of a job is raised here as it is.
+
+    Raises:
+        ValueError: no cluster answers, or it lacks what a training needs.
     """
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address=share.address, include_dashboard=False)
-    try:
+    with connected(share.address, share.out):
+        check_gpus(share.num_gpus, "a training")
         yield from _results(work, jobs, share)
-    finally:
-        if started_here:
-            ray.shutdown()
 
 
 def _results(
     work: Callable[[*Ts], R], jobs: Sequence[tuple[*Ts]], share: RayShare
 ) -> Iterator[tuple[tuple[*Ts], R]]:
-    held = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus = min(share.threads, int(held.get("CPU", 1)))
+    cpus = min(share.threads, int(resources()[0]))
     made: Any = ray.remote(work)  # its stub allows at most ten fixed arguments
     unit = made.options(num_cpus=cpus, num_gpus=share.num_gpus, max_retries=MAX_RETRIES)
     waiting = {unit.remote(*job): job for job in jobs}
     try:
         while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=TICK_S)
+            if not ready:
+                continue
+            (done,) = ready
             job = waiting.pop(done)
             try:
                 result = ray.get(done)
             except ray.exceptions.RayTaskError as failed:
                 raise failed.cause from None
+            except ray.exceptions.RayError as died:
+                said = str(died).strip().partition("\n")[0]
+                raise RuntimeError(
+                    f"a training's worker died {MAX_RETRIES + 1} times, the last: {said}; free "
+                    f"memory or take fewer --threads, and run the same command to go on"
+                ) from None
             yield job, result
     finally:
         for left in waiting:
