@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from curate.pipeline.manifests.places import GROUP_ROWS
 from curate.pipeline.manifests.selection_summary import summary_text
 from curate.pipeline.reading.corpus import Corpus, open_corpus
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder, canonical_json
 
 if TYPE_CHECKING:
@@ -179,8 +180,8 @@ class Manifest:
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the manifest's own columns in order: `shard`, `row`, `id`, `weight`, `rank`."""
         for name in self.parts:
-            with self.folder.open(name) as file:
-                yield from pq.ParquetFile(file).iter_batches(GROUP_ROWS, columns=columns)
+            with open_parquet(self.folder, name) as file:
+                yield from file.iter_batches(GROUP_ROWS, columns=columns)
 
     def as_torch(
         self,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float32, Int32, Int64
 from numpy import ndarray
 
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 
 GROUP_ROWS = 262_144
@@ -80,8 +80,8 @@ class PartPlaces:
         self._groups: list[tuple[str, int]] = []
         sizes: list[int] = []
         for part in parts:
-            with folder.open(part) as file:
-                footer = pq.read_metadata(file)
+            with open_parquet(folder, part) as file:
+                footer = file.metadata
             self._groups += [(part, i) for i in range(footer.num_row_groups)]
             sizes += [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
         self.starts = np.cumsum([0, *sizes], dtype=np.int64)
@@ -92,8 +92,8 @@ class PartPlaces:
 
     def _decode(self, index: int) -> Placed:
         part, row_group = self._groups[index]
-        with self._folder.open(part) as file:
-            table = pq.ParquetFile(file).read_row_group(row_group, ["shard", "row", "weight"])
+        with open_parquet(self._folder, part) as file:
+            table = file.read_row_group(row_group, ["shard", "row", "weight"])
         return Placed(*(column.to_numpy() for column in table.columns))
 
 

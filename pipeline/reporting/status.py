@@ -1,12 +1,9 @@
 """How far a run has come, read off its folders while it works or after it died."""
 
-import io
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from curate.pipeline.manifests.manifest import NAME as MANIFEST
 from curate.pipeline.manifests.manifest import Manifest
@@ -14,6 +11,7 @@ from curate.pipeline.scoring.attempts import read_attempts
 from curate.pipeline.scoring.score_table import META as SCORES
 from curate.pipeline.scoring.score_table import SUCCESS, UNITS, part_name, read_receipt
 from curate.pipeline.storing.lock import BEAT_S, LOCK, MISSED_BEATS
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 
 
@@ -50,7 +48,8 @@ def scores_status(folder: Folder) -> dict[str, Any]:
     line: dict[str, Any] = {"path": folder.uri, "finished": folder.exists(SUCCESS)}
     if not folder.exists(UNITS):
         return line | {"units": 0, "units_done": 0, "rows": 0, "rows_done": 0} | _holder(folder)
-    plan = pq.read_table(io.BytesIO(folder.read(UNITS)))
+    with open_parquet(folder, UNITS) as file:
+        plan = file.read(use_threads=False)
     rows: Counter[int] = Counter()
     for unit, count in zip(plan["unit"].to_pylist(), plan["rows"].to_pylist(), strict=True):
         rows[unit] += count

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import pyarrow.parquet as pq
-
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.models.checkpoint import find_checkpoints, load_model, read_checkpoint
 from curate.pipeline.reading.corpus import Corpus, open_corpus
@@ -21,6 +19,7 @@ from curate.pipeline.scoring.score_table import (
     part_name,
     read_receipt,
 )
+from curate.pipeline.storing.parquet import open_parquet
 
 log = logging.getLogger("curate.verify")
 P = ParamSpec("P")
@@ -113,8 +112,8 @@ def _part(table: ScoreTable, name: str, unit: int, sums: dict[str, str]) -> str 
     receipt = read_receipt(table.folder, unit)
     if receipt["run"] != table.meta["run"] or receipt["unit"] != unit:
         return f"{table.path}/{name} belongs to another run"
-    with table.folder.open(name) as file:
-        rows = sum(batch.num_rows for batch in pq.ParquetFile(file).iter_batches())
+    with open_parquet(table.folder, name) as file:
+        rows = sum(batch.num_rows for batch in file.iter_batches())
     if rows != receipt["rows"]:
         return f"{table.path}/{name} has {rows} rows, its receipt says {receipt['rows']}"
     return None

@@ -22,7 +22,6 @@ from curate.pipeline.scoring.score_table import (
     SUCCESS,
     UNITS,
     digest_of_parts,
-    open_parquet,
     parquet_bytes,
     part_name,
     read_receipt,
@@ -33,6 +32,7 @@ from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.commit import TMP
 from curate.pipeline.storing.lock import LOCK
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder, canonical_json
 
 log = logging.getLogger("curate.score")

@@ -6,7 +6,6 @@ A folder `RUN/scores/` holds `_meta.json` (what was asked), `units.parquet` (the
 tells the time, the machine or how often the run was killed.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 
 FORMAT, VERSION = "curate.scores", 1
@@ -80,19 +80,6 @@ def score_schema(
 def part_name(unit: int) -> str:
     """Return the file name of a unit's part."""
     return f"part-{unit:05d}.parquet"
-
-
-@contextlib.contextmanager
-def open_parquet(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
-    """Give the file opened for reading.
-
-    Local files are opened by Arrow itself: its threads may still hold a Python file when the
-    interpreter ends, which then aborts ("terminate called without an active exception").
-    """
-    path = folder.local_path(name)
-    source = pa.PythonFile(folder.open(name), "r") if path is None else pa.OSFile(str(path))
-    with source, pq.ParquetFile(source) as file:
-        yield file
 
 
 def parquet_bytes(table: pa.Table, metadata: Mapping[bytes, bytes] | None = None) -> bytes:

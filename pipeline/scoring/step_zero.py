@@ -8,10 +8,11 @@ import pyarrow as pa
 import torch
 from scipy.stats import spearmanr
 
-from curate.pipeline.scoring.score_table import open_parquet, part_name
+from curate.pipeline.scoring.score_table import part_name
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.windows import NoLedger, windows
 from curate.pipeline.scoring.work import Work
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.tasks.registry import task_from_description
 from curate.pipeline.tasks.task import Task

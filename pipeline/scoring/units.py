@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from curate.pipeline.scoring.score_table import UNITS, open_parquet, parquet_bytes
+from curate.pipeline.scoring.score_table import UNITS, parquet_bytes
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 
 UNIT_SECONDS = 120.0

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.training.observations import FoldedRows
 
@@ -70,8 +71,8 @@ def recorded_seeds(folder: Folder) -> list[int]:
     """Return the seeds in the folder's records, none if there are none yet."""
     if not folder.exists(RECORDS):
         return []
-    with folder.open(RECORDS) as source:
-        metadata = pq.read_schema(source).metadata or {}
+    with open_parquet(folder, RECORDS) as file:
+        metadata = file.schema_arrow.metadata or {}
     return [int(s) for s in metadata.get(b"seeds", b"").decode().split(",") if s]
 
 
@@ -80,7 +81,7 @@ def merge_records(into: Folder, parts: dict[int, Folder]) -> None:
     sources = dict.fromkeys(recorded_seeds(into), into) | parts
     with ExitStack() as files:
         opened = {
-            folder: pq.ParquetFile(files.enter_context(folder.open(RECORDS)))
+            folder: files.enter_context(open_parquet(folder, RECORDS))
             for folder in set(sources.values())
         }
         batches = (b for s in sorted(sources) for b in _lines_of(opened[sources[s]], s))
@@ -100,13 +101,11 @@ def read_records(
     """
     name = Path(path).name
     folder = Folder(str(path)[: -len(name)] or ".")
-    try:
-        source = folder.open(name)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; `curate train` writes it") from None
-    with source:
+    with ExitStack() as opened:
         try:
-            file = pq.ParquetFile(source)
+            file = opened.enter_context(open_parquet(folder, name))
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist; `curate train` writes it") from None
         except pa.ArrowInvalid as broken:
             raise ValueError(f"{path} is not a whole Parquet file: {broken}") from None
         if not set(RECORD_SCHEMA.names) <= set(file.schema_arrow.names):

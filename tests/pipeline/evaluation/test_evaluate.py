@@ -211,20 +211,13 @@ def test_nothing_but_results_is_left(evaluated, data):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_ray_gives_the_same_report(evaluated, data, tmp_path):
-    ray = pytest.importorskip("ray")
     corpus, test, mixture, narrow, _ = data
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        report = evaluate(
-            corpus, manifests=[mixture, narrow], test=test, seeds=3, engine="ray",
-            out=tmp_path / "run", **QUICK | {"epochs": 6},
-        )  # fmt: skip
-    finally:
-        if started:
-            ray.shutdown()
+    report = evaluate(
+        corpus, manifests=[mixture, narrow], test=test, seeds=3, engine="ray",
+        out=tmp_path / "run", **QUICK | {"epochs": 6},
+    )  # fmt: skip
     assert report == evaluated[0]
 
 

@@ -456,20 +456,13 @@ class TestHandOff:
             manifest.as_datasets(cache=tmp_path / "cache")
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("ray_session")
     def test_ray_streams_the_same_rows(self, make_manifest, monkeypatch, tmp_path):
-        ray = pytest.importorskip("ray")
         from curate.pipeline.manifests import hand_off
 
         monkeypatch.setattr(hand_off, "SPAN_ROWS", 70)
         manifest, kept = make_manifest()
-        started = not ray.is_initialized()
-        if started:
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        try:
-            rows = manifest.as_ray(["x"], batch_rows=40).take_all()
-            assert sorted(row["x"] for row in rows) == kept
-            assert all(row["x"] == 1000 * row["__shard"] + row["__row"] for row in rows)
-            assert {row["weight"] for row in rows} == {1.0}
-        finally:
-            if started:
-                ray.shutdown()
+        rows = manifest.as_ray(["x"], batch_rows=40).take_all()
+        assert sorted(row["x"] for row in rows) == kept
+        assert all(row["x"] == 1000 * row["__shard"] + row["__row"] for row in rows)
+        assert {row["weight"] for row in rows} == {1.0}

@@ -263,31 +263,24 @@ def _wait_for_state(out, process):
     raise AssertionError("the run saved no state in 30 s")
 
 
-@pytest.fixture(scope="module")
-def ray_of_two():
-    ray = pytest.importorskip("ray")
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False)
-    yield
-    if started:
-        ray.shutdown()
-
-
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes(corpus, tmp_path, ray_of_two):
+@pytest.mark.usefixtures("ray_session")
+def test_ray_gives_the_same_bytes(corpus, tmp_path):
     train(corpus, **QUICK | {"seeds": 3}, out=tmp_path / "local")
     train(corpus, **QUICK | {"seeds": 3}, out=tmp_path / "ray", engine="ray")
     assert tree(tmp_path / "local") == tree(tmp_path / "ray")
 
 
 @pytest.mark.slow
-def test_an_error_on_ray_arrives_as_it_is(corpus, tmp_path, ray_of_two):
+@pytest.mark.usefixtures("ray_session")
+def test_an_error_on_ray_arrives_as_it_is(corpus, tmp_path):
     with pytest.raises(ValueError, match="training diverged at step") as raised:
         train(
             corpus, **QUICK | {"lr": 1e30, "optimizer": "sgd"}, out=tmp_path / "ray", engine="ray"
         )
     assert "Traceback" not in str(raised.value)
+    with pytest.raises(ValueError, match="a training asks for 3 GPUs, but the cluster has 0"):
+        train(corpus, **QUICK, out=tmp_path / "gpu", engine="ray", num_gpus=3)
 
 
 # Selections and weights
