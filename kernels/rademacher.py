@@ -12,10 +12,12 @@ all modulo 2^32, and (key0, key1) the two little-endian 32-bit words of
 blake2b("curate\\0<seed>\\0<side>\\0<name>", 8 bytes). One word serves 32 outputs.
 """
 
+from functools import cache
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -51,8 +53,15 @@ def signs(
         h = (h + rows.long() * 0x9E3779B1) & _MASK
     h = _finalise(h ^ key.key1)
     word = _finalise((h[:, None] + words * 0x85EBCA77) & _MASK)
-    bits = word[:, :, None] >> torch.arange(32, device=columns.device) & 1
-    return bits.flatten(1)[:, :k].to(dtype).mul_(2).sub_(1)
+    # Eight signs at a time, looked up by byte: a shift and a mask for each cost six times as much.
+    byte = word.view(torch.uint8).view(*word.shape, 8)[..., :4].int()  # the low half comes first
+    return F.embedding(byte.flatten(1), _signs_of_bytes(columns.device, dtype)).flatten(1)[:, :k]
+
+
+@cache
+def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "256 8"]:
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)
 
 
 def _finalise(h: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ the sum into a number or a vector per row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curate.kernels.conv import Geometry, conv_sketch, conv_sq_norm, split, unfold
 from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
 from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm, inner
@@ -73,6 +75,23 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Convolved:
+    """A pair whose right factors are the patches of an input, made only if somebody looks."""
+
+    grad: Float[Tensor, "s o *y"]
+    input: Float[Tensor, "s c *x"]
+    geometry: Geometry
+
+    @cached_property
+    def left(self) -> Float[Tensor, "s g t o"]:
+        return split(self.grad, self.geometry)
+
+    @cached_property
+    def right(self) -> Float[Tensor, "s g t i"]:
+        return unfold(self.input, self.geometry)
+
+
+@dataclass(frozen=True)
 class Indexed:
     """sum_t unit(index_t) right_t^T: the gradient of a table of rows."""
 
@@ -87,7 +106,7 @@ class Full:
     grad: Float[Tensor, "s ..."]
 
 
-Part = Pair | Indexed | Full
+Part = Pair | Convolved | Indexed | Full
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ class Gradient:
 
     name: str
     shape: torch.Size
-    pair: Pair | None = None
+    pair: Pair | Convolved | None = None
     indexed: Indexed | None = None
     full: Full | None = None
 
@@ -131,14 +150,16 @@ def join(
 ) -> Gradient:
     """Return the sum of the uses' parts, with the sequences of each row brought together."""
     groups = None if row_ids is None else _group(row_ids, rows)
-    pairs = [p for p in parts if isinstance(p, Pair)]
+    pairs = [p for p in parts if isinstance(p, (Pair, Convolved))]
     indexed = [p for p in parts if isinstance(p, Indexed)]
     fulls = [p.grad for p in parts if isinstance(p, Full)]
     gradient = Gradient(name, shape)
-    if pairs:
+    if len(pairs) == 1 and groups is None:
+        gradient = replace(gradient, pair=pairs[0])
+    elif pairs:
         left, right = _concat([p.left for p in pairs], 2), _concat([p.right for p in pairs], 2)
         if groups is not None:
-            left, right = _regroup(left, groups, 2, zero=True), _regroup(right, groups, 2)
+            left, right = _regroup(left, groups, 2), _regroup(right, groups, 2)
         gradient = replace(gradient, pair=Pair(left, right))
     if indexed:
         index, right = (
@@ -146,7 +167,7 @@ def join(
             _concat([p.right for p in indexed], 1),
         )
         if groups is not None:
-            index, right = _regroup(index, groups, 1), _regroup(right, groups, 1, zero=True)
+            index, right = _regroup(index, groups, 1), _regroup(right, groups, 1)
         gradient = replace(gradient, indexed=Indexed(index, right))
     if fulls:
         total = fulls[0] if len(fulls) == 1 else torch.stack(fulls).sum(0)
@@ -173,12 +194,14 @@ def _group(row_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return index, torch.arange(index.shape[1], device=order.device) < counts[:, None]
 
 
-def _regroup(x: Tensor, groups: tuple[Tensor, Tensor], axis: int, zero: bool = False) -> Tensor:
-    """Return x with a row's sequences laid end to end along its token axis."""
+def _regroup(x: Tensor, groups: tuple[Tensor, Tensor], axis: int) -> Tensor:
+    """Return x with a row's sequences laid end to end along its token axis, 0 where there is none.
+
+    Both factors are filled: 0 times another row's infinity would not be 0.
+    """
     index, real = groups
     y = x[index]  # [B, M, ...]
-    if zero:
-        y = y.masked_fill(~real.view(*real.shape, *(1,) * (y.dim() - 2)), 0)
+    y = y.masked_fill(~real.view(*real.shape, *(1,) * (y.dim() - 2)), 0)
     return y.movedim(1, axis).flatten(axis, axis + 1)
 
 
@@ -197,7 +220,10 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
     if pair is None:
         assert indexed is not None, "a gradient without parts"
         return embedding_sq_norm(indexed.index, indexed.right)
-    total = grad_sq_norm(pair.left, pair.right)
+    if isinstance(pair, Convolved):
+        total = conv_sq_norm(pair.grad, pair.input, pair.geometry)
+    else:
+        total = grad_sq_norm(pair.left, pair.right)
     if indexed is not None:
         total = total + embedding_sq_norm(indexed.index, indexed.right)
         cross = embedding_cross(
@@ -225,8 +251,10 @@ class TwoSidedSketch:
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b kk"]:
         name, total = gradient.name, list[Tensor]()
         keys = stream_key(self.seed, name, "rows"), stream_key(self.seed, name, "columns")
-        if gradient.pair is not None:
-            total.append(sketch(gradient.pair.left, gradient.pair.right, keys, self.k))
+        if isinstance(pair := gradient.pair, Convolved):
+            total.append(conv_sketch(pair.grad, pair.input, pair.geometry, keys, self.k))
+        elif pair is not None:
+            total.append(sketch(pair.left, pair.right, keys, self.k))
         if gradient.indexed is not None:
             total.append(sketch_rows(gradient.indexed.index, gradient.indexed.right, keys, self.k))
         if gradient.full is not None:

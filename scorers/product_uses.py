@@ -1,17 +1,15 @@
-"""Products with a matrix, a kernel or a table: uses whose gradient is a sum of outer products.
+"""Products with a matrix and look-ups in a table: uses whose gradient is a sum of outer products.
 
-Shapes: S sequences, T tokens or positions, O and I the sides of a matrix, g groups.
+Shapes: S sequences, T tokens, O and I the sides of a matrix.
 """
 
-import math
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from curate.kernels.grad_norm import accumulable
 from curate.scorers.parts import Full, Indexed, Layout, Pair, Part
-from curate.scorers.uses import Lookup, Param, Saved, Use, by_role, per_channel
+from curate.scorers.uses import Lookup, Param, Saved, Use, by_role
 
 
 def linear(param: Lookup, input: Tensor, weight: Any, bias: Any = None) -> Use | None:
@@ -57,58 +55,6 @@ def _matrix_product(
     return Use(kind, by_role(weight=w, bias=b), parts, _not_last, [a])
 
 
-def conv(
-    param: Lookup,
-    input: Tensor,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Use | None:
-    w, b = param(weight), param(bias)
-    if param(input) or input.dim() != weight.dim() or (w is not None and w.transposed):
-        return None
-    a, kernel, n = Saved(input), tuple(weight.shape[2:]), weight.dim() - 2
-    stride, dilation = _sides(stride, n), _sides(dilation, n)
-
-    def parts(g: Tensor, layout: Layout, roles: frozenset[str]) -> dict[str, Part]:
-        out: dict[str, Part] = {}
-        if "weight" in roles:
-            patches = unfold(a.get(), kernel, stride, padding, dilation, groups)
-            left = g.reshape(len(g), groups, -1, math.prod(g.shape[2:])).mT
-            out["weight"] = Pair(*(_positions(layout.rows_first(x)) for x in (left, patches)))
-        if "bias" in roles:
-            out["bias"] = Full(per_channel(accumulable(g), layout))
-        return out
-
-    return Use(f"conv{n}d", by_role(weight=w, bias=b), parts, _first, [a])
-
-
-def unfold(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: Any,
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """Return the patches [N, groups, positions, C / groups * kernel] a convolution reads."""
-    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if padding == "same":
-        sides = [(s // 2, s - s // 2) for s in spans]
-    else:
-        sides = [(p, p) for p in _sides(0 if padding == "valid" else padding, len(kernel))]
-    x = F.pad(x, [p for side in reversed(sides) for p in side])
-    for axis, (span, step, d) in enumerate(zip(spans, stride, dilation, strict=True), start=2):
-        x = x.unfold(axis, span + 1, step)[..., ::d]
-    n = len(kernel)
-    x = x.view(len(x), groups, -1, *x.shape[2:])  # [N, groups, C / groups, *positions, *kernel]
-    x = x.movedim(2, 2 + n).flatten(2 + n)  # channels beside the kernel, as in the weight
-    return x.flatten(2, 1 + n)
-
-
 def embedding(
     param: Lookup,
     weight: Any,
@@ -132,10 +78,6 @@ def embedding(
     return Use("embedding", {"weight": w}, parts, _not_last, [a], may_be_shared=True)
 
 
-def _first(axis: int, axes: int) -> bool:
-    return axis == 0
-
-
 def _not_last(axis: int, axes: int) -> bool:
     return axis < axes - 1
 
@@ -143,13 +85,3 @@ def _not_last(axis: int, axes: int) -> bool:
 def _tokens(x: Tensor) -> Tensor:
     """Return [S, T, c] from [S, *, c], all between taken as tokens."""
     return x.reshape(len(x), -1, x.shape[-1])
-
-
-def _positions(x: Tensor) -> Tensor:
-    """Return [S, g, T, c] from [S, g, T, c] or, with several images a row, [S, f, g, T, c]."""
-    return x if x.dim() == 4 else x.transpose(1, 2).flatten(2, 3)
-
-
-def _sides(value: Any, n: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * n if len(values) == 1 else values

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curate.scorers import conv_uses
 from curate.scorers import elementwise_uses as elementwise
 from curate.scorers import product_uses as product
 from curate.scorers.uses import Lookup, Param, Use
@@ -17,7 +18,11 @@ READERS: dict[Callable[..., Any], Reader] = {
     F.linear: product.linear,
     **dict.fromkeys((torch.addmm, _T.addmm), product.addmm),
     **dict.fromkeys((torch.matmul, _T.matmul, _T.__matmul__, torch.mm, _T.mm), product.matmul),
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), product.conv),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv_uses.conv),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        conv_uses.conv_transpose,
+    ),
     torch.embedding: product.embedding,
     torch.layer_norm: elementwise.layer_norm,
     torch.rms_norm: elementwise.rms_norm,
