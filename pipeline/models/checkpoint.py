@@ -33,6 +33,7 @@ from curate.pipeline.models.weights import (
     unwrapped,
     weight_files,
 )
+from curate.pipeline.storing.commit import explained
 from curate.pipeline.tasks.tokenizers import TOKENIZER_FILES, tokenizer
 from curate.pipeline.user_code import file_digest, is_user_code
 
@@ -108,10 +109,11 @@ def save_checkpoint(
     }
     if is_user_code(spec):
         meta["model_digest"] = file_digest(spec)
-    made.mkdir()
     try:
-        _write(made, unwrapped(model), meta)
-        _put_in_place(made, target)
+        with explained(target):
+            made.mkdir()
+            _write(made, unwrapped(model), meta)
+            _put_in_place(made, target)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from zipfile import is_zipfile
@@ -42,7 +43,9 @@ def save_weights(path: str | Path, model: nn.Module) -> None:
     kept = {name: tensor for name, tensor in state.items() if leaders[name] == name}
     try:
         save_file({k: _own(v) for k, v in kept.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk, for one
+    except SafetensorError as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
         raise OSError(f"cannot write {path}: {error}") from error
 
 

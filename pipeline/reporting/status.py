@@ -56,7 +56,8 @@ def scores_status(folder: Folder) -> dict[str, Any]:
     there = set(folder.names("part-"))
     done = [unit for unit in rows if part_name(unit) in there]
     receipts = [read_receipt(folder, unit) for unit in done]
-    died = sum(r.state == "died" for tries in read_attempts(folder).values() for r in tries)
+    tries = [record for records in read_attempts(folder).values() for record in records]
+    died = sum(record.state in ("died", "gone") for record in tries)
     return {
         **line,
         "units": len(rows),

@@ -12,9 +12,12 @@ import json
 import os
 import threading
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from curate.pipeline.storing.commit import explained
 from curate.pipeline.storing.storage import Folder
 
 FOLDER = "attempts"
@@ -28,7 +31,9 @@ SUSPECT = 2
 is usually a machine that went away, and rows in a batch of another size score differently in the
 last bits."""
 
-State = Literal["running", "committed", "died", "failed", "interrupted", "late"]
+State = Literal["running", "committed", "died", "gone", "failed", "interrupted", "late"]
+"""`died`: alone, under the eyes of its run. `gone`: with the whole run, maybe killed from outside.
+"""
 
 
 @dataclass
@@ -58,8 +63,9 @@ class Attempt:
         self._file: int | None = None
         path = folder.local_path(self.record.name)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            with explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._write()
 
     def step(self, kind: str, key: str | None) -> None:
@@ -86,7 +92,8 @@ class Attempt:
         if self._file is None:
             self.folder.replace(self.record.name, line)
         else:
-            os.pwrite(self._file, line.ljust(SLOT_BYTES - 1) + b"\n", 0)
+            with explained(Path(self.folder.full_name(self.record.name))):
+                os.pwrite(self._file, line.ljust(SLOT_BYTES - 1) + b"\n", 0)
 
 
 def read_attempts(folder: Folder) -> dict[int, list[Record]]:
@@ -116,14 +123,30 @@ def close_attempt(folder: Folder, record: Record, state: State, reason: str) -> 
         folder.replace(record.name, json.dumps(vars(record), sort_keys=True).encode())
 
 
-def deaths(records: list[Record]) -> Counter[str]:
-    """Return how often each step (`kind:key`) was under way when its process died; "" is none."""
+def deaths(records: list[Record], survived: Collection[str] = ()) -> Counter[str]:
+    """Return how often each step (`kind:key`) was under way when its process died.
+
+    One that went with its whole run may have been killed from outside: no step that a child
+    `survived` is to blame for it, nor one on trial, where the child takes the blow.
+    """
     count: Counter[str] = Counter()
     for record in records:
-        if record.state == "died":
-            steps = [f"{kind}:{key.removesuffix(ON_TRIAL)}" for kind, key in record.steps.items()]
-            count.update(steps or [""])
+        for kind, key in record.steps.items():
+            step = f"{kind}:{key.removesuffix(ON_TRIAL)}"
+            is_excused = key.endswith(ON_TRIAL) or step in survived
+            if record.state == "died" or (record.state == "gone" and not is_excused):
+                count[step] += 1
     return count
+
+
+def forget_attempts(folder: Folder) -> None:
+    """Remove the ledger of a finished run: it tells of processes, not of rows."""
+    for name in folder.names(f"{FOLDER}/"):
+        folder.delete(name)
+    path = folder.local_path(FOLDER)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def trials_name(unit: int) -> str:
@@ -141,8 +164,8 @@ def read_trials(folder: Folder, unit: int) -> dict[str, Any]:
 def _read(folder: Folder, name: str, unit: int, number: int) -> Record:
     try:
         return Record(**json.loads(folder.read(name)))
-    except json.JSONDecodeError:  # killed between making the file and its first line
-        return Record(unit, number, "", 0)
+    except json.JSONDecodeError:  # killed, or out of space, before its first line
+        return Record(unit, number, "", 0, "interrupted")
 
 
 def _name(unit: int, number: int) -> str:

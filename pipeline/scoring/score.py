@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 from curate.pipeline.reading.corpus import Corpus, open_corpus
+from curate.pipeline.scoring.attempts import forget_attempts
 from curate.pipeline.scoring.score_folder import clear, finish, refuse_foreign, refuse_other_run
 from curate.pipeline.scoring.score_progress import duration
 from curate.pipeline.scoring.score_run import ScoringRun
@@ -272,6 +273,7 @@ def _run(
         notes["input_norm_correlation"] = input_norm_correlations(work, units)
     lock.check()
     success = finish(folder, work, units, notes)
+    forget_attempts(folder)
     _say_end(success, folder)
 
 

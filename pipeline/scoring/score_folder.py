@@ -125,8 +125,7 @@ def why_lethal(deaths: Mapping[str, int]) -> str | None:
     """Return why a unit must not be tried again, None when it may be."""
     for step, count in sorted(deaths.items()):
         if count >= LETHAL:
-            where = f"at {step}" if step else "before its first step"
-            return f"it killed its process {count} times {where}"
+            return f"it killed its process {count} times at {step}"
     return None
 
 

@@ -12,6 +12,7 @@ from curate.pipeline.scoring.attempts import (
     close_attempt,
     deaths,
     read_attempts,
+    read_trials,
 )
 from curate.pipeline.scoring.score_folder import committed, quarantine, why_lethal
 from curate.pipeline.scoring.score_progress import Progress
@@ -64,7 +65,7 @@ class ScoringRun:
     def is_lethal(self, unit: Unit) -> bool:
         """Tell whether the unit has killed too often; it is then quarantined for good."""
         tries = attempts_at(self.folder, unit.number, self.numbers.get(unit.number, -1) + 1)
-        reason = why_lethal(deaths(tries))
+        reason = why_lethal(deaths(tries, survived=read_trials(self.folder, unit.number)))
         if reason is None:
             return False
         paths = [shard.path for shard in self.work.corpus.shards]
@@ -115,5 +116,5 @@ class ScoringRun:
         for unit, records in tries.items():
             self.numbers[unit] = max(record.number for record in records)
             for record in records:
-                state: Any = "late" if unit in self.done else "died"
+                state: Any = "late" if unit in self.done else "gone"
                 close_attempt(self.folder, record, state, "the process ended without a word")

@@ -7,7 +7,7 @@ finite is halved until single rows are left, and the rest is scored again withou
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,10 @@ log = logging.getLogger("curate.score")
 GROUP_BYTES = 256 << 20
 """Collated batches held at once while checkpoints are swapped under them."""
 GROUP_BATCHES = 64
+
+
+Way = Literal["read", "run", "probe"]
+"""How rows are tried: only read, scored too, or also compared with autograd."""
 
 
 class RunError(RuntimeError):
@@ -78,8 +82,8 @@ def score_unit(
     return table, receipt(work, unit, len(scores.errors), scoring.splits)
 
 
-def try_rows(work: Work, unit: Unit, signals: SignalPass, rows: list[int], run: bool) -> None:
-    """Read these rows (positions in one window) and, if `run`, score them in one batch.
+def try_rows(work: Work, unit: Unit, signals: SignalPass, rows: list[int], way: Way) -> None:
+    """Read these rows (positions in one window) and, unless that is all, score them in one batch.
 
     Nothing is returned: the question is whether the process survives. What rows raise is no
     answer to it, a lost device is.
@@ -89,10 +93,15 @@ def try_rows(work: Work, unit: Unit, signals: SignalPass, rows: list[int], run: 
         inside = wanted - window.start
         if inside[0] >= window.raw.num_rows:
             continue
+        if way == "read":
+            return
         encoded, _, _ = encode_rows(signals.task.encode, window.raw.take(pa.array(inside)))
-        if run and encoded is not None:
+        if encoded is not None:
             try:
-                signals([signals.task.collate(encoded)], lambda _: None)
+                batch = signals.task.collate(encoded)
+                signals([batch], lambda _: None)
+                if way == "probe":
+                    signals.verify(batch)
             except DeviceLost:
                 raise
             except Exception as error:

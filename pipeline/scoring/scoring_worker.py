@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +21,7 @@ from curate.pipeline.scoring.attempts import (
 from curate.pipeline.scoring.score_table import part_name, write_part
 from curate.pipeline.scoring.score_unit import score_unit
 from curate.pipeline.scoring.signal_pass import DeviceLost, SignalPass
-from curate.pipeline.scoring.trial import isolate
+from curate.pipeline.scoring.trial import isolate, kills
 from curate.pipeline.scoring.units import Span, Unit
 from curate.pipeline.scoring.windows import Groups, encode_rows, raw_windows
 from curate.pipeline.scoring.work import Work
@@ -97,7 +97,7 @@ class ScoringWorker:
         """
         if number is None:
             return self._verified(0)
-        start = PROBE_ROWS * sum(deaths(attempts_at(self.folder, -1, number)).values())
+        start = self._first_safe(deaths(attempts_at(self.folder, -1, number)))
         attempt = Attempt(self.folder, -1, number, self.session)
         state: State = "failed"
         try:
@@ -107,6 +107,19 @@ class ScoringWorker:
         finally:
             attempt.end(state)
         return batch
+
+    def _first_safe(self, died: Mapping[str, int]) -> int:
+        """Return the first row of a probe that does not kill: where one died, a child tells.
+
+        Kills from outside must not move it: the plan of units is made from the probe.
+        """
+        start = 0
+        while died.get(f"probe:{start}") and start < self.work.corpus.rows:
+            unit = Unit(-1, (_span_at(self.work, start),))
+            if not kills(self.work, unit, "probe"):
+                break
+            start += PROBE_ROWS
+        return start
 
     def _verified(self, start: int) -> Batch:
         batch = probe_batch(self.work, self.signals, start)
@@ -134,9 +147,12 @@ class UnitLedger:
             if self.deaths[step] < SUSPECT:
                 return [(rows, None)]
             self.attempt.step(kind, key + ON_TRIAL)
-            self.trials[step] = isolate(self.work, self.unit, rows)
-            self.folder.write_json(trials_name(self.unit.number), self.trials)
+            found = isolate(self.work, self.unit, rows)
             self.attempt.step(kind, key)
+            if found is None:
+                return [(rows, None)]  # reading kills: no row can be blamed
+            self.trials[step] = found
+            self.folder.write_json(trials_name(self.unit.number), self.trials)
         return [(list(group), reason) for group, reason in self.trials[step]]
 
 
@@ -173,11 +189,14 @@ def _together_then_alone(encoded: pa.Table | None) -> list[pa.Table]:
 
 
 def _rows_at(work: Work, start: int) -> pa.Table:
+    return next(raw_windows(work, Unit(-1, (_span_at(work, start),)))).raw
+
+
+def _span_at(work: Work, start: int) -> Span:
     """Return up to PROBE_ROWS rows of the corpus from row `start` on, in one shard."""
     for index, shard in enumerate(work.corpus.shards):
         if start < shard.rows:
-            rows = min(PROBE_ROWS, shard.rows - start)
-            return next(raw_windows(work, Unit(-1, (Span(index, start, rows),)))).raw
+            return Span(index, start, min(PROBE_ROWS, shard.rows - start))
         start -= shard.rows
     raise AssertionError("the corpus has fewer rows than it says")
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import torch
 
-from curate.pipeline.scoring.score_unit import try_rows
+from curate.pipeline.scoring.score_unit import Way, try_rows
 from curate.pipeline.scoring.signal_pass import SignalPass
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.windows import Groups
@@ -34,16 +34,23 @@ MAX_DEATHS = 64
 """Children that a suspect set may cost before it is given up."""
 
 
-def isolate(work: Work, unit: Unit, rows: list[int]) -> Groups:
+def kills(work: Work, unit: Unit, way: Way) -> bool:
+    """Tell whether the rows of a small unit kill a process that tries them in this way."""
+    with _Child(work, unit) as child:
+        return child.survives(list(range(unit.rows)), way) is not None
+
+
+def isolate(work: Work, unit: Unit, rows: list[int]) -> Groups | None:
     """Return groups of these rows that can be run, and the rows that kill, with the reason.
 
     One group of all rows means that nothing was found: what killed came from outside, or needs
-    more than these rows. Rows that kill only together come back as separate groups.
+    more than these rows. Rows that kill only together come back as separate groups. None: reading
+    kills, so no row can be blamed.
     """
     log.warning("unit %d: trying %d suspect rows in a child process", unit.number, len(rows))
     with _Child(work, unit) as child:
-        if child.survives(rows, run=False) is not None:
-            return [(rows, None)]  # reading kills: no row can be blamed
+        if child.survives(rows, "read") is not None:
+            return None
         return _isolate(child.survives, rows)
 
 
@@ -71,7 +78,7 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def survives(self, rows: list[int], run: bool = True) -> str | None:
+    def survives(self, rows: list[int], way: Way = "run") -> str | None:
         """Return None when a child lived through these rows, else how it ended."""
         if self.deaths >= MAX_DEATHS:
             return f"given up after {MAX_DEATHS} rows that kill their process"
@@ -79,7 +86,7 @@ class _Child:
             self._start()
         assert self.process is not None and self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps([rows, run]).encode() + b"\n")
+            self.process.stdin.write(json.dumps([rows, way]).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return self._ended()

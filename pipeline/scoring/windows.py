@@ -58,12 +58,14 @@ def _windows(work: Work, unit: Unit, task: Task | None, ledger: Ledger) -> Itera
     rows = 0
     for number in itertools.count():
         ledger.step("encode", str(number))
+        inside = list(range(rows, min(rows + work.plan.window_rows, unit.rows)))
+        groups = ledger.groups("encode", str(number), inside) if task and inside else []
         window = next(raws, None)
         if window is None:
             break
+        assert window.raw.num_rows == len(inside), "a window has as many rows as planned"
         if task is not None:
-            inside = list(range(window.start, window.start + window.raw.num_rows))
-            encode_window(window, task, ledger.groups("encode", str(number), inside))
+            encode_window(window, task, groups)
         ledger.step("encode", None)
         yield window
         rows += window.raw.num_rows

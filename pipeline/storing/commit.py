@@ -34,7 +34,7 @@ def create(root: Path, name: str, data: bytes) -> bool:
         NoSpaceError: the disk is full.
         ValueError: the folder cannot be written.
     """
-    with _explained(root / name):
+    with explained(root / name):
         if (root / name).exists():
             return False
         return _commit(root, name, data, _link)
@@ -42,7 +42,7 @@ def create(root: Path, name: str, data: bytes) -> bool:
 
 def replace(root: Path, name: str, data: bytes) -> None:
     """Write the file whole or leave what was there; raises as `create`."""
-    with _explained(root / name):
+    with explained(root / name):
         _commit(root, name, data, _rename)
 
 
@@ -90,8 +90,13 @@ def _commit(root: Path, name: str, data: bytes, finish: Callable[[Path, Path], b
 
 
 @contextlib.contextmanager
-def _explained(final: Path) -> Iterator[None]:
-    """Turn what the operating system says into one sentence with the file's name."""
+def explained(final: Path) -> Iterator[None]:
+    """Turn what the operating system says into one sentence with the file's name.
+
+    Raises:
+        NoSpaceError: the disk is full.
+        ValueError: the folder cannot be written.
+    """
     try:
         yield
     except OSError as failed:

@@ -19,6 +19,12 @@ def store_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
+def kept_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let finished scoring runs keep their attempts ledger."""
+    monkeypatch.setattr("curate.pipeline.scoring.score.forget_attempts", lambda folder: None)
+
+
+@pytest.fixture
 def object_store(store_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty bucket, with the environment that finds it."""
     for key, value in {

@@ -203,6 +203,26 @@ def test_two_deaths_at_a_batch_that_a_child_survives_change_no_byte(
     assert results(tmp_path / "s") == results(tmp_path / "whole")
 
 
+def test_kills_from_outside_never_quarantine_rows_that_a_child_survives(
+    command: Callable[..., Command], tmp_path: Path, kept_ledger: None
+) -> None:
+    command("whole").here()
+    out = Folder(str(tmp_path / "s"))
+    for number, key in enumerate(["0", "0", "0 on trial", "0 on trial", "0 on trial"]):
+        Attempt(out, 0, number, "earlier").step("encode", key)
+    for number in range(3):
+        Attempt(out, -1, number, "earlier").step("probe", "0")
+        (tmp_path / f"s/attempts/00001-00{number}.json").touch()
+    command("s").here()
+    assert results(tmp_path / "s") == results(tmp_path / "whole")
+    assert read_attempts(out)[-1][3].steps == {"probe": "0"}  # units are planned from it
+
+
+def test_a_finished_run_keeps_no_ledger(command: Callable[..., Command], tmp_path: Path) -> None:
+    command("s").here()
+    assert not (tmp_path / "s" / "attempts").exists()
+
+
 def test_interrupts_leave_no_suspicion(command: Callable[..., Command], tmp_path: Path) -> None:
     process = command("s", sleep_s=0.05).start()
     while not (tmp_path / "s" / "part-00000.parquet").exists():
@@ -229,11 +249,11 @@ def test_the_ledger_counts_deaths_by_step(tmp_path: Path) -> None:
     for record in tries:
         close_attempt(folder, record, "died", "gone")
     found = deaths(read_attempts(folder)[4])
-    assert found == {"batch:0.1": 2, "encode:1": 1, "": 1}
+    assert found == {"batch:0.1": 2, "encode:1": 1}
 
 
 def test_the_ledger_survives_a_kill_before_its_first_line(tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "00007-001.json").touch()
     (record,) = read_attempts(Folder(str(tmp_path)))[7]
-    assert (record.number, record.state) == (1, "running")
+    assert (record.number, record.state) == (1, "interrupted")

@@ -18,7 +18,7 @@ from curate.pipeline.storing.storage import Folder
 Make = Callable[..., str]
 CHOKES, EXITS = 662.0, 663.0
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("ray_session", "kept_ledger")
 
 
 @pytest.fixture

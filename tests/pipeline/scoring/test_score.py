@@ -176,7 +176,9 @@ def test_a_finished_run_is_not_run_again(
         assert (now.st_ino, now.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
 
 
-def test_a_committed_part_is_never_scored_again(digits: Path, tmp_path: Path) -> None:
+def test_a_committed_part_is_never_scored_again(
+    digits: Path, tmp_path: Path, kept_ledger: None
+) -> None:
     run(digits, tmp_path / "whole", unit_rows=60)
     run(digits, tmp_path / "s", unit_rows=60)
     for name in ("_SUCCESS.json", "errors.parquet", "part-00001.parquet", "part-00003.parquet"):
