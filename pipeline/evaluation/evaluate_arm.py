@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -60,7 +59,7 @@ def run_arm(plan: Plan, arm: Arm, seed: int, report: Report | None = None) -> di
 
     Killed in between, it goes on from the last saved state when called again.
     """
-    out, started = Folder(plan.out), time.monotonic()
+    out = Folder(plan.out)
     settings = _arm_settings(plan, arm, seed)
     with reproducible(settings.threads, settings.device):
         bench = _bench(plan)
@@ -75,7 +74,6 @@ def run_arm(plan: Plan, arm: Arm, seed: int, report: Report | None = None) -> di
         "presentations": settings.length.presentations,
         "value": measure.value,
         **asdict(measure),
-        "seconds": round(time.monotonic() - started, 3),
     }
     out.create(arm.result_name(seed), json.dumps(result, indent=2, allow_nan=False).encode())
     shutil.rmtree(training.folder.uri, ignore_errors=True)

@@ -5,7 +5,6 @@ Whatever the run folder does not hold (yet) is left out, and said.
 
 import platform
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> str:
         raise ValueError(f"{run} holds no scores, manifest or evaluation to report on{why}")
     text = page(
         f"curate report: {found.name}",
-        f"{found.folder.uri} · written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        found.folder.uri,
         sections(found),
     )
     path = str(out) if out is not None else found.folder.full_name(NAME)
