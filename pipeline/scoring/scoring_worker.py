@@ -162,12 +162,12 @@ def probe_batch(work: Work, signals: SignalPass, start: int = 0) -> Batch:
     Raises:
         ValueError: none of the rows tried can be scored; says why the first cannot.
     """
-    first_error = ""
+    first_error = unreadable = ""
     for attempt in range(PROBES):
         at = (start + attempt * PROBE_ROWS) % max(1, work.corpus.rows)
         table = _rows_at(work, at)
         encoded, _, errors = encode_rows(signals.task.encode, table)
-        first_error = first_error or next(iter(errors.values()), "")
+        unreadable = unreadable or next(iter(errors.values()), "")
         for rows in _together_then_alone(encoded):
             try:
                 batch = signals.task.collate(rows)
@@ -179,7 +179,10 @@ def probe_batch(work: Work, signals: SignalPass, start: int = 0) -> Batch:
                 return batch.select_rows(finite)
             first_error = first_error or "the loss is not finite"
     rows_tried = min(PROBES * PROBE_ROWS, work.corpus.rows)
-    raise ValueError(f"none of {rows_tried} rows can be scored; the first says: {first_error}")
+    # What the model says of rows that could be read is the reason; a bad row among them is not.
+    raise ValueError(
+        f"none of {rows_tried} rows can be scored; the first says: {first_error or unreadable}"
+    )
 
 
 def _together_then_alone(encoded: pa.Table | None) -> list[pa.Table]:

@@ -118,6 +118,15 @@ def test_a_corpus_that_no_model_accepts_is_refused_before_anything_runs(
     assert not list((tmp_path / "s").glob("part-*"))
 
 
+def test_what_the_model_says_of_good_rows_goes_before_a_bad_row_among_them(
+    make_points: Make, points_checkpoints: Make, tmp_path: Path
+) -> None:
+    first = {0: REFUSED} | dict.fromkeys(range(1, 30), CHOKES)
+    corpus = make_points([30], first=first)
+    with pytest.raises(ValueError, match=r"none of 30 rows can be scored.*the model chokes"):
+        run(corpus, points_checkpoints(), tmp_path / "scores")
+
+
 def test_bad_rows_at_the_very_start_do_not_stop_the_probe(
     make_points: Make, points_checkpoints: Make, tmp_path: Path
 ) -> None:
