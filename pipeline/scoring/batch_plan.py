@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WINDOW_BYTES = 1 << 26
+"""A window's rows, as read or encoded; two windows are held, each in both forms and in pieces."""
+WINDOW_ROWS = (32, 2048)
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -16,7 +20,7 @@ class BatchPlan:
     batch_rows: int = 256
     batch_tokens: int = 8192
     batch_bytes: int = 8 << 20
-    window_rows: int = 2048
+    window_rows: int = WINDOW_ROWS[1]
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -39,3 +43,9 @@ class BatchPlan:
             batches.append(order[start : start + rows])
             start += rows
         return batches
+
+
+def window_rows(row_bytes: float) -> int:
+    """Return how many rows of that size a window takes: fewer of wide ones, to bound memory."""
+    least, most = WINDOW_ROWS
+    return max(least, min(most, int(WINDOW_BYTES // max(row_bytes, 1.0))))

@@ -15,9 +15,9 @@ import torch
 
 import curate
 from curate.pipeline.models.checkpoint import Checkpoint, find_checkpoints, records_path
-from curate.pipeline.models.models import absolute_model
+from curate.pipeline.models.models import absolute_model, model_args
 from curate.pipeline.reading.corpus import Corpus
-from curate.pipeline.scoring.batch_plan import BatchPlan
+from curate.pipeline.scoring.batch_plan import BatchPlan, window_rows
 from curate.pipeline.scoring.score_table import FORMAT, VERSION
 from curate.pipeline.scoring.work import Work, model_signals, record_signals
 from curate.pipeline.storing.storage import Folder, canonical_json
@@ -88,7 +88,7 @@ def set_up(request: Request) -> Setup:
         scorers={alias: scorer_spec(scorer) for alias, scorer in scorers.items()},
         keep=keep,
         id_column=_id_column(columns.id, corpus.schema),
-        plan=_plan(request),
+        plan=_plan(request, task),
         keep_checkpoints=request.keep_checkpoints,
         with_tokens=description["kind"] in LANGUAGE and bool(model_signals(scorers)),
         max_bad_rows=_max_bad_rows(request),
@@ -156,9 +156,17 @@ def _id_column(of_task: str | None, schema: pa.Schema) -> str | None:
     return of_task or ("id" if "id" in schema.names else None)
 
 
-def _plan(request: Request) -> BatchPlan:
+def _plan(request: Request, task: Task) -> BatchPlan:
     given = {"batch_rows": request.batch_rows, "batch_tokens": request.batch_tokens}
-    return BatchPlan(**{name: value for name, value in given.items() if value is not None})
+    asked = {name: value for name, value in given.items() if value is not None}
+    return BatchPlan(**asked, window_rows=window_rows(_row_bytes(request.corpus, task)))
+
+
+def _row_bytes(corpus: Corpus, task: Task) -> float:
+    """Return about what a row takes: on disk, or as the model's float32 input if that is more."""
+    stored = sum(shard.bytes for shard in corpus.shards) / corpus.rows
+    shape = model_args(task, corpus).get("input_shape") or ()
+    return max(stored, 4.0 * math.prod(shape)) if shape else stored
 
 
 def _max_bad_rows(request: Request) -> int:

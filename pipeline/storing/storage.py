@@ -184,7 +184,7 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Remove the file; no error when there is none."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if self.is_remote:
                 self._fs.rm_file(self._remote(name))
             else:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.pipeline.scoring.batch_plan import BatchPlan
+from curate.pipeline.scoring.batch_plan import BatchPlan, window_rows
 
 COSTS = st.lists(st.integers(0, 300), max_size=80).map(lambda c: np.array(c, dtype=np.int64))
 
@@ -43,3 +43,9 @@ def test_a_row_over_budget_is_a_batch_of_its_own() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_rows must be at least 1, got 0"):
         BatchPlan(batch_rows=0)
+
+
+def test_windows_of_wide_rows_are_shorter():
+    assert window_rows(4 * 3 * 32 * 32) == 2048  # small images, texts, tables
+    assert window_rows(4 * 3 * 224 * 224) == 111  # 64 MiB of float32 images
+    assert window_rows(0) == 2048 and window_rows(1 << 40) == 32
