@@ -437,9 +437,14 @@ def run_(
     """Run the stages of a recipe in order; run it again to resume."""
     _talk(verbose)
     from curate.pipeline.recipe import run_recipe
+    from curate.pipeline.scoring.score_table import ScoreTable
 
     outputs = run_recipe(recipe)
     _print(outputs, as_json, lambda o: "\n".join(f"{k}: {v}" for k, v in o.items()))
+    if "score" in outputs:
+        success = ScoreTable.open(outputs["score"]).success
+        if success["bad_rows"] or success["quarantined"]:
+            raise typer.Exit(3)
 
 
 def main() -> None:

@@ -223,6 +223,10 @@ class TestBadInput:
         assert all(r["el2n"] is not None for r in part if r["row"] != 17)
         errors = pq.read_table(room / "run/scores/errors.parquet").to_pylist()
         assert [(r["shard"], r["row"]) for r in errors] == [(0, 17)]
+        assert curate("score", "bad.parquet", "--scorer", "el2n,grand").code == 3  # asked again
+        recipe = {"corpus": "bad.parquet", "score": {"scorers": ["el2n", "grand"]}}
+        (room / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+        assert curate("run", "recipe.yaml").code == 3
         assert curate("select", "--by", "el2n", "--budget", "49").code == 0
         kept = pq.read_table(sorted((room / "run/manifest").glob("part-*.parquet")))
         assert 17 not in kept["row"].to_pylist()
