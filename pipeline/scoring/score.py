@@ -183,9 +183,8 @@ def score(
         log.info("%s is finished already", folder.uri)
         return ScoreTable.open(folder.uri)
     with RunLock(folder) as lock:
-        if overwrite:
+        if overwrite or not refuse_other_run(folder, setup.meta, opened):
             clear(folder)
-        refuse_other_run(folder, setup.meta, opened)
         _run(replace(setup, work=work), folder, lock, chosen, unit_rows, progress)
     return ScoreTable.open(folder.uri)
 

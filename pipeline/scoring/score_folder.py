@@ -62,6 +62,8 @@ def refuse_foreign(folder: Folder) -> None:
 def refuse_other_run(folder: Folder, meta: Mapping[str, Any], corpus: Corpus) -> bool:
     """Return whether the folder holds this run already, in part or whole.
 
+    A run that was refused before its units were planned holds nothing: another may take its place.
+
     Raises:
         ValueError: it holds a run with another configuration or of another corpus.
     """
@@ -70,6 +72,8 @@ def refuse_other_run(folder: Folder, meta: Mapping[str, Any], corpus: Corpus) ->
     before = folder.read_json(META)
     if before["run"] == meta["run"]:
         return True
+    if not folder.exists(UNITS):
+        return False
     hint = "choose another output folder, or --overwrite to start over"
     if before["config"]["corpus"] != meta["config"]["corpus"]:
         try:

@@ -172,3 +172,11 @@ def test_differences_name_the_key_the_old_and_the_new_value() -> None:
         'b.e: nothing -> "y"',
     ]
     assert differences(before, before) == []
+
+
+def test_a_run_refused_at_its_first_rows_leaves_the_folder_free(points: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="matches no trainable parameter"):
+        score(**{**points, "scorers": "grand(params=nosuch)"})
+    assert score(**points).rows == 30
+    with pytest.raises(ValueError, match="another configuration"):
+        score(**{**points, "scorers": "grand"})
