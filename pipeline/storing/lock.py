@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from curate.pipeline.storing.commit import explained, make_folders
 from curate.pipeline.storing.storage import Folder
 
 LOCK = "_lock.json"
@@ -167,7 +168,8 @@ def _one_at_a_time(folder: Folder) -> Iterator[None]:
     if path is None:
         yield
         return
-    path.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        make_folders(path)
     with (path / "run-lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield

@@ -118,3 +118,13 @@ def test_of_many_at_once_one_takes_the_dead_holders_place(tmp_path: Path) -> Non
 def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
     assert process_start(os.getpid()) is not None
     assert process_start(dead_process()) is None
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with (
+        pytest.raises(ValueError, match=r"thesis\.txt is in the way; choose another output folder"),
+        RunLock(Folder(tmp_path / "thesis.txt")),
+    ):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
