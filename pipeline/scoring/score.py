@@ -183,7 +183,8 @@ def score(
         log.info("%s is finished already", folder.uri)
         return ScoreTable.open(folder.uri)
     with RunLock(folder) as lock:
-        if overwrite or not refuse_other_run(folder, setup.meta, opened):
+        is_ours = not overwrite and refuse_other_run(folder, setup.meta, opened)
+        if folder.exists(META) and not is_ours:
             clear(folder)
         _run(replace(setup, work=work), folder, lock, chosen, unit_rows, progress)
     return ScoreTable.open(folder.uri)
