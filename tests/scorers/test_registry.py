@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.scorers.grand import GraNd
@@ -28,6 +28,7 @@ def test_commas_and_repeats_name_several_scorers_in_order() -> None:
     assert made["si"] == SelfInfluence(params="head")
 
 
+@settings(deadline=None)
 @given(st.from_regex(r"[a-z.\\(|)\[\]*+,= ]{0,12}", fullmatch=True))
 def test_any_quoted_pattern_survives_the_request(pattern: str) -> None:
     assert make_scorers(f"x=grand(params={pattern!r})") == {"x": GraNd(params=pattern)}
