@@ -163,6 +163,57 @@ def test_a_recipe_runs_the_stages_and_resumes(room: Path, curate: Callable[..., 
     assert answer.code == 2 and "score has no parameter 'scorer'" in answer.sentence
 
 
+OWN_TASK = """
+import numpy as np, torch
+from torch import nn
+from curate import Batch, Outputs, Task
+from curate.pipeline.tasks.task import Columns
+
+def make():
+    return nn.Linear(2, 1)
+
+class Regression(Task):
+    kind = "regression"
+    def columns(self, schema):
+        return Columns(("a", "b"), "y")
+    def collate(self, rows):
+        a, b, y = (torch.from_numpy(rows[c].to_numpy().astype(np.float32)) for c in "aby")
+        return Batch({"x": torch.stack([a, b], 1)}, y, rows.num_rows)
+    def outputs(self, model, batch):
+        return Outputs((model(batch.inputs["x"])[:, 0] - batch.targets) ** 2)
+    def describe(self):
+        return {"kind": self.kind, "columns": {"inputs": ["a", "b"], "label": "y"}, "classes": None}
+"""
+
+
+def test_a_task_of_ones_own_without_classes(room: Path, curate: Callable[..., Answer]) -> None:
+    (room / "own.py").write_text(OWN_TASK)
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(2, 90))
+    pq.write_table(pa.table({"a": a, "b": b, "y": a - 2 * b}), room / "line.parquet")
+    own = ["line.parquet", "--model", "own.py:make", "--task", "own.py:Regression", "--seeds", 2]
+    assert curate("train", *own, "--epochs", 2, "-o", "own/checkpoints").code == 0
+    scores = ["score", "line.parquet", "--checkpoints", "own/checkpoints", "-o", "own/scores"]
+    answer = curate(*scores, "--scorer", "el2n")
+    assert answer.code == 2 and "statistics" in answer.sentence
+    assert curate(*scores, "--scorer", "loss,grand").code == 0
+    part = pq.read_table(room / "own/scores/part-00000.parquet")
+    assert part["grand"].null_count == 0
+    one = sorted((room / "own/checkpoints").glob("seed0-*"))[-1]
+    answer = curate("score", "line.parquet", "--checkpoints", one, "--scorer", "loss,grand",
+                    "-o", "own/one")  # fmt: skip
+    assert answer.code == 0
+    part = pq.read_table(room / "own/one/part-00000.parquet")
+    # Squared error e^2 of one linear layer with a bias: the gradient is 2 e (a, b, 1).
+    expected = 2 * np.sqrt(part["loss"].to_numpy() * (a**2 + b**2 + 1))
+    np.testing.assert_allclose(part["grand"].to_numpy(), expected, rtol=1e-4)
+    assert curate("select", "own/scores", "--by", "grand", "--budget", 0.5, "-o", "own/m").code == 0
+    answer = curate("evaluate", *own, "--manifest", "own/m", "--test", "line.parquet",
+                    "--epochs", 1, "-o", "own/evaluate")  # fmt: skip
+    assert answer.code == 0
+    assert "loss ±" in answer.out and "perplexity" not in answer.out
+
+
 class TestBadInput:
     """Each answered by one sentence that names the culprit, with exit code 2 (3: done, but rows
     were left out), and with nothing written."""

@@ -73,7 +73,7 @@ def _row(plan: Plan, arm: Arm, results: Sequence[Mapping[str, Any]], metric: str
         "against_random": None,
         "against_full": None,
     }
-    if metric == "loss":
+    if metric == "loss" and plan.settings.task["kind"] == "causal_lm":
         row["perplexity"] = _perplexity(interval.mean)
     return row
 
@@ -107,7 +107,8 @@ def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return "accuracy" if report["metric"] == "accuracy" else "loss per token"
+    is_language = any("perplexity" in row for row in report["rows"])
+    return "loss per token" if is_language else str(report["metric"])
 
 
 def _line(row: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
