@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curate.kernels.launch import jit, tl
+
 Side = Literal["rows", "columns", "whole"]
 _MASK = 0xFFFFFFFF
 
@@ -71,3 +73,31 @@ def _finalise(h: Tensor) -> Tensor:
     h = h ^ (h >> 13)
     h = (h * 0xC2B2AE35) & _MASK
     return h ^ (h >> 16)
+
+
+@jit
+def finalise(h):  # type: ignore[no-untyped-def]
+    """Murmur3's finaliser of a block of uint32, in registers."""
+    h = h ^ (h >> 16)
+    h = h * 0x85EBCA6B
+    h = h ^ (h >> 13)
+    h = h * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@jit
+def sign_words(rows, columns, words, key0, key1):  # type: ignore[no-untyped-def]
+    """word(r, c, w) of a block of coordinates, broadcast against one another, in registers.
+
+    The keys are passed to a kernel as i64 and taken modulo 2^32 here.
+    """
+    h = finalise(columns.to(tl.uint32) ^ key0.to(tl.uint32))
+    h = finalise((h + rows.to(tl.uint32) * 0x9E3779B1) ^ key1.to(tl.uint32))
+    return finalise(h + words.to(tl.uint32) * 0x85EBCA77)
+
+
+@jit
+def block_signs(rows, columns, outputs, key0, key1):  # type: ignore[no-untyped-def]
+    """The signs (+1 or -1, float32) of a block of coordinates in these outputs."""
+    word = sign_words(rows, columns, outputs // 32, key0, key1)
+    return ((word >> (outputs % 32).to(tl.uint32)) & 1).to(tl.float32) * 2 - 1

@@ -10,6 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+
+# Triton decides at import whether kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 POINTS = '''
 """A user's own task and model: points with four numbers and one of three labels.
@@ -138,8 +143,6 @@ def points_checkpoints(tmp_path: Path, points_code: Path) -> Callable[..., str]:
     """A factory of checkpoints with random weights: `points_checkpoints(seeds=2, steps=(0, 5))`."""
 
     def make(seeds: int = 1, steps: Sequence[int] = (1,), name: str = "checkpoints") -> str:
-        import torch
-
         from curate.pipeline.models.checkpoint import checkpoint_name, save_checkpoint
         from curate.pipeline.models.models import make_model
 
