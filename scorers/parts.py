@@ -21,7 +21,7 @@ from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
 from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm, inner
 from curate.kernels.projection import project, project_matrix, project_rows
-from curate.kernels.rademacher import stream_key
+from curate.kernels.rademacher import Key, stream_key
 from curate.kernels.sketch import sketch, sketch_matrix, sketch_rows, sketch_vector
 
 
@@ -106,7 +106,14 @@ class Full:
     grad: Float[Tensor, "s ..."]
 
 
-Part = Pair | Convolved | Indexed | Full
+@dataclass(frozen=True)
+class Sketched:
+    """A two-sided sketch of the gradient, where nothing else of it is wanted."""
+
+    value: Float[Tensor, "s kk"]
+
+
+Part = Pair | Convolved | Indexed | Full | Sketched
 
 
 @dataclass(frozen=True)
@@ -205,8 +212,23 @@ def _regroup(x: Tensor, groups: tuple[Tensor, Tensor], axis: int) -> Tensor:
     return y.movedim(1, axis).flatten(axis, axis + 1)
 
 
+def alone(name: str, shape: torch.Size, part: Part) -> Gradient:
+    """Return the gradient that one part is, sequences first."""
+    if isinstance(part, (Pair, Convolved)):
+        return Gradient(name, shape, pair=part)
+    if isinstance(part, Indexed):
+        return Gradient(name, shape, indexed=part)
+    assert isinstance(part, Full), "a sketch is read off already"
+    return Gradient(name, shape, full=part)
+
+
 Readout = Callable[[Gradient], Tensor]
 """From a parameter's gradient to [B] or [B, k]."""
+
+
+def is_linear(readout: Readout) -> bool:
+    """Return whether what is read off a sum is the sum of what is read off its parts."""
+    return isinstance(readout, (TwoSidedSketch, Projection, Dots))
 
 
 def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
@@ -248,9 +270,13 @@ class TwoSidedSketch:
     seed: int
     k: tuple[int, int]
 
+    def keys(self, name: str) -> tuple[Key, Key]:
+        """The streams of a parameter's rows and columns."""
+        return stream_key(self.seed, name, "rows"), stream_key(self.seed, name, "columns")
+
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b kk"]:
         name, total = gradient.name, list[Tensor]()
-        keys = stream_key(self.seed, name, "rows"), stream_key(self.seed, name, "columns")
+        keys = self.keys(name)
         if isinstance(pair := gradient.pair, Convolved):
             total.append(conv_sketch(pair.grad, pair.input, pair.geometry, keys, self.k))
         elif pair is not None:

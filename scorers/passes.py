@@ -14,7 +14,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.scorers.fallback import Catcher, Replay, whole_model_rows
 from curate.scorers.head import HeadWatch, per_row, row_statistics
-from curate.scorers.parts import Full, Gradient, Readout
+from curate.scorers.parts import (
+    Full,
+    Gradient,
+    Part,
+    Readout,
+    Sketched,
+    TwoSidedSketch,
+    alone,
+    is_linear,
+)
 from curate.scorers.plan import Plan
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.protocol import Outputs
@@ -115,6 +124,7 @@ class _Pass:
         self.rows = count_rows(batch)
         self.sequences, self.row_ids = sequences_of(batch)
         self.results: dict[str, dict[str, list[Tensor]]] = {key: {} for key in needs.readouts}
+        self.sums: dict[str, dict[str, Tensor]] = {key: {} for key in needs.readouts}
         device = next((p.device for p in self.params.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.inputs: dict[str, Tensor] = {}
@@ -140,7 +150,7 @@ class _Pass:
                 harvest.hidden = watch.hidden
             self._fall_back(catcher)
         harvest.readouts = {
-            key: {name: torch.cat(parts) for name, parts in of.items()}
+            key: {name: torch.cat(parts) for name, parts in of.items()} | self.sums[key]
             for key, of in self.results.items()
         }
         return harvest
@@ -165,6 +175,8 @@ class _Pass:
             row_ids=self.row_ids,
             anchor=self.anchor,
             consume=self._consume,
+            read_part=self._read_part,
+            by_part=self._linear_only(analytic),
             watched=watched,
             on_embedding=self._embedding if self.needs.input_grad else None,
         )
@@ -229,6 +241,31 @@ class _Pass:
         for key, (names, read) in self.needs.readouts.items():
             if gradient.name in names:
                 self.results[key].setdefault(gradient.name, []).append(read(gradient))
+
+    def _linear_only(self, names: set[str]) -> dict[str, TwoSidedSketch | None]:
+        """Return the parameters that are read off part by part, none of them kept for the sum."""
+        found: dict[str, TwoSidedSketch | None] = {}
+        for name in names:
+            wanted = [read for among, read in self.needs.readouts.values() if name in among]
+            if all(is_linear(read) for read in wanted):
+                only = wanted[0] if len(wanted) == 1 else None
+                found[name] = only if isinstance(only, TwoSidedSketch) else None
+        return found
+
+    def _read_part(self, name: str, part: Part) -> None:
+        for key, (names, read) in self.needs.readouts.items():
+            if name not in names:
+                continue
+            if isinstance(part, Sketched):
+                value = part.value
+            else:
+                value = read(alone(name, self.params[name].shape, part))
+            if self.row_ids is not None:
+                value = value.new_zeros(self.rows, *value.shape[1:]).index_add_(
+                    0, self.row_ids, value
+                )
+            so_far = self.sums[key].get(name)
+            self.sums[key][name] = value if so_far is None else so_far + value
 
     # -- the slower paths
 

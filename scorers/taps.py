@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curate.scorers.parts import Gradient, Layout, Part, join
+from curate.scorers.parts import Gradient, Layout, Part, TwoSidedSketch, join
 from curate.scorers.readers import read_alias, read_use
 from curate.scorers.uses import Overwritten, Param, Use
 
@@ -200,6 +200,10 @@ class Taps:
     row_ids: Tensor | None
     anchor: Tensor
     consume: Callable[[Gradient], None]
+    read_part: Callable[[str, Part], None]
+    """What to do with a part of a parameter in `by_part`, instead of adding it up."""
+    by_part: Mapping[str, TwoSidedSketch | None]
+    """Parameters of which only linear things are wanted, and the sketch where that is all."""
     watched: Mapping[UseKey, "Watch"] = field(default_factory=dict)
     on_embedding: Callable[[Use, Tensor], None] | None = None
 
@@ -230,6 +234,10 @@ class Taps:
             self.on_embedding(use, out)
         for role in roles:
             self._pending[use.params[role].name] += 1
+        weight = use.params.get("weight")
+        if weight is not None and "weight" in roles and watch is None and use.shrink is not None:
+            if (sketch := self.by_part.get(weight.name)) is not None:
+                use.shrink(layout, sketch)
         if roles or watch is not None:
             hook = partial(self._backward, key, use, layout, roles, watch)
             out.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -281,8 +289,11 @@ class Taps:
             raise Replan("input overwritten in place", copy=key) from None
         for role, part in parts.items():
             name = use.params[role].name
-            self._parts[name].append(part)
             self._pending[name] -= 1
+            if name in self.by_part:
+                self.read_part(name, part)
+                continue
+            self._parts[name].append(part)
             if self._pending[name] == 0:
                 self._finish(name)
 

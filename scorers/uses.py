@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curate.scorers.parts import Layout, Part
+from curate.scorers.parts import Layout, Part, TwoSidedSketch
 
 
 class Overwritten(Exception):
@@ -62,6 +62,8 @@ class Use:
     saved: list[Saved] = field(default_factory=list)
     may_be_shared: bool = False
     """The output may be the same for all rows (a look-up of positions [1, T])."""
+    shrink: Callable[[Layout, TwoSidedSketch], None] | None = None
+    """Keep of the input only what the sketch of the weight's gradient takes of it."""
 
 
 Lookup = Callable[[object], Param | None]
