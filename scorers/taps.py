@@ -8,7 +8,8 @@ the parameter's gradient is put together and dropped again.
 
 import types
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
@@ -54,6 +55,25 @@ class Tracer(TorchFunctionMode):
         self._params = {id(p): Param(name, p.shape) for name, p in tracked.items()}
         self._alive: list[Tensor] = []  # derived tensors, so that no id is used again
         self._listener, self._seen = listener, Counter[tuple[str, tuple[str, ...]]]()
+
+    @contextmanager
+    def again(self, listener: Listener, seen: Mapping[Any, int]) -> Iterator[None]:
+        """Within: uses are counted on from `seen` and told to another listener."""
+        kept, alive = (self._listener, self._seen), len(self._alive)
+        self._listener, self._seen = listener, Counter(seen)
+        try:
+            with self:
+                yield
+        finally:
+            self._listener, self._seen = kept
+            for derived in self._alive[alive:]:
+                self._params.pop(id(derived), None)
+            del self._alive[alive:]
+
+    @property
+    def seen(self) -> Mapping[Any, int]:
+        """How many uses of each kind there were so far."""
+        return self._seen.copy()
 
     def __torch_function__(
         self,
@@ -208,6 +228,8 @@ class Taps:
     on_embedding: Callable[[Use, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
+        self.later: Callable[[UseKey], Callable[[], Use]] | None = None
+        """While a block runs that will be run again: gives the use that is met then."""
         self._parts: dict[str, list[Part]] = defaultdict(list)
         self._pending = Counter[str]()
 
@@ -217,16 +239,10 @@ class Taps:
                 saved.keep_copy()
 
     def after(self, key: UseKey, use: Use, out: Tensor) -> Tensor:
-        names = {p.name for p in use.params.values()}
-        if names & self.absent:
-            raise Replan("used for the first time", names & self.absent)
-        roles = frozenset(role for role, p in use.params.items() if p.name in self.counts)
-        watch = self.watched.get(key)
-        if not roles and watch is None and self.on_embedding is None:
+        found = self._tapped(key, use, out)
+        if found is None:
             return out
-        layout = self._layout(key, names, out)
-        if layout is None:
-            return out
+        layout, roles, watch = found
         out = layout.spread(anchored(out, self.anchor))
         if watch is not None:
             watch.saw(use, out, layout)
@@ -234,14 +250,36 @@ class Taps:
             self.on_embedding(use, out)
         for role in roles:
             self._pending[use.params[role].name] += 1
-        weight = use.params.get("weight")
+        weight, is_small = use.params.get("weight"), False
         if weight is not None and "weight" in roles and watch is None and use.shrink is not None:
             if (sketch := self.by_part.get(weight.name)) is not None:
                 use.shrink(layout, sketch)
+                is_small = True
         if roles or watch is not None:
-            hook = partial(self._backward, key, use, layout, roles, watch)
+            is_kept = is_small or watch is not None
+            use_of = partial(_itself, use) if is_kept or self.later is None else self.later(key)
+            hook = partial(self._backward, key, use_of, layout, roles, watch)
             out.register_hook(hook)  # type: ignore[no-untyped-call]
         return out
+
+    def after_again(self, key: UseKey, use: Use, out: Tensor) -> Tensor:
+        """Return what `after` made of this use's output the first time, without a tap."""
+        found = self._tapped(key, use, out)
+        return out if found is None else found[0].spread(anchored(out, self.anchor))
+
+    def _tapped(
+        self, key: UseKey, use: Use, out: Tensor
+    ) -> tuple[Layout, frozenset[str], "Watch | None"] | None:
+        """Return the use's layout, the roles to be collected and its watch, if it has a tap."""
+        names = {p.name for p in use.params.values()}
+        if names & self.absent:
+            raise Replan("used for the first time", names & self.absent)
+        roles = frozenset(role for role, p in use.params.items() if p.name in self.counts)
+        watch = self.watched.get(key)
+        if not roles and watch is None and self.on_embedding is None:
+            return None
+        layout = self._layout(key, names, out)
+        return None if layout is None else (layout, roles, watch)
 
     def _layout(self, key: UseKey, names: set[str], out: Tensor) -> Layout | None:
         layout = self.layouts.get(key)
@@ -275,12 +313,13 @@ class Taps:
     def _backward(
         self,
         key: UseKey,
-        use: Use,
+        use_of: Callable[[], Use],
         layout: Layout,
         roles: frozenset[str],
         watch: "Watch | None",
         g: Tensor,
     ) -> None:
+        use = use_of()
         try:
             if watch is not None:
                 watch.grad(g)
@@ -305,6 +344,10 @@ class Taps:
     def _finish(self, name: str) -> None:
         parts = self._parts.pop(name)
         self.consume(join(name, self.shapes[name], parts, self.rows, self.row_ids))
+
+
+def _itself(use: Use) -> Use:
+    return use
 
 
 @runtime_checkable
