@@ -36,8 +36,13 @@ class Engine:
         wanted: Iterable[Signal],
         *,
         probe: bool = True,
+        recompute: bool = False,
     ) -> None:
         """`outputs(model, batch)` gives `Outputs`, or the rows' losses [B] alone.
+
+        `recompute`: a model's repeated blocks run a second time in the backward pass, so that no
+        more than one block's activations are held at once; about a third more operations. It may
+        be set and unset between batches.
 
         Raises:
             ValueError: a signal needs parameters that match nothing, or no pass computes it.
@@ -56,6 +61,21 @@ class Engine:
             logits="el2n_seq" in kinds,
         )
         self._kinds = kinds
+        self.recompute = recompute
+
+    @property
+    def recompute(self) -> bool:
+        """Whether repeated blocks run twice, to save memory."""
+        return self._core.passes.recompute.on
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self._core.passes.recompute.on = on
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether there is a backward pass."""
+        return bool(self._kinds & {"grad_sq_norm", "el2n_seq", "weight_alignment"})
 
     @property
     def paths(self) -> dict[str, str]:

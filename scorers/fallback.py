@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from curate.kernels.grad_norm import SCRATCH
+from curate.scorers.memory import is_out_of_memory
 from curate.scorers.parts import Full, Gradient
 from curate.scorers.plan import CallAxes
 from curate.scorers.prepared import canonical_name
@@ -55,11 +57,14 @@ class Catcher:
             enter, leave = partial(self._enter, name), partial(self._leave, name)
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        yield from _until_done(handles)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within: outputs are as they were when caught, and nothing is caught."""
+        leave = partial(self._outputs, None)
+        handles = [m.register_forward_hook(leave) for m in self.modules.values()]
+        yield from _until_done(handles)
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         leaves, spec = tree_flatten((args, kwargs))
@@ -68,15 +73,20 @@ class Catcher:
         self.calls[name].append(Caught(kept, spec, {}))
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return self._outputs(self.calls[name][-1], module, args, output)
+
+    def _outputs(self, caught: Caught | None, module: nn.Module, args: Any, output: Any) -> Any:
+        """Return the output so that gradients reach all of it, and catch them."""
         leaves, spec = tree_flatten(output)
-        caught, at = self.calls[name][-1], 0
+        at = 0
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
             if leaf.is_floating_point():
                 # A clone: an output may be one of the inputs, or a view.
                 leaf = leaf if leaf.requires_grad else anchored(leaf.clone(), self._anchor)
-                leaf.register_hook(partial(caught.grads.__setitem__, at))  # type: ignore[no-untyped-call]
+                if caught is not None:
+                    leaf.register_hook(partial(caught.grads.__setitem__, at))  # type: ignore[no-untyped-call]
                 leaves[i] = leaf
             at += 1
         return tree_unflatten(leaves, spec)
@@ -118,9 +128,9 @@ class Replay:
         """Turn what a module says when it cannot be run so into a change of plan."""
         try:
             yield
-        except (torch.OutOfMemoryError, Replan):
-            raise
         except Exception as error:  # whatever a module says when it is given its rows alone
+            if isinstance(error, Replan) or is_out_of_memory(error):
+                raise
             reason = str(error).strip().split("\n")[0]
             raise Replan(f"{doing} {self.module!r} failed: {reason}", self.params) from None
 
@@ -269,6 +279,14 @@ def _differentiable(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, flag in zip(params, flags, strict=True):
             p.requires_grad_(flag)
+
+
+def _until_done(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ from curate.scorers.parts import (
 from curate.scorers.plan import Plan
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.protocol import Outputs
+from curate.scorers.recompute import Recompute
 from curate.scorers.rows import count_rows, sequences_of
 from curate.scorers.taps import Replan, Taps, Tracer, anchored
 from curate.scorers.uses import Use
@@ -82,6 +83,7 @@ class Passes:
     model: nn.Module
     outputs: Callable[[nn.Module, Any], Outputs | Tensor]
     plan: Plan
+    recompute: Recompute = field(default_factory=Recompute)
 
     def run(self, batch: Any, needs: Needs) -> Harvest:
         """Return what is needed of the batch; the plan may change where it does not hold."""
@@ -185,7 +187,10 @@ class _Pass:
             stack.enter_context(catcher.listening())
             if self.needs.input_grad:
                 stack.enter_context(self._watching_inputs())
-            stack.enter_context(Tracer(self.params, taps))
+            tracer = stack.enter_context(Tracer(self.params, taps))
+            stack.enter_context(
+                self.passes.recompute.listening(self.model, taps, tracer, catcher.again)
+            )
             outputs = self.passes.evaluate(self.batch)
         taps.check()
         return outputs, taps, catcher, watch

@@ -3,9 +3,21 @@
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile` and the wrappers of data-parallel training.
+
+    Those wait after every pass for gradients of their weights, which are never made here.
+    """
+    inner = unwrapped(model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return bare(inner.module)
+    return inner
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -29,8 +41,9 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
     """Within: evaluation mode, nothing compiled, all weights but the differentiable ones frozen.
 
     Evaluation mode gives batch norm its running statistics, turns dropout off and leaves
-    Hugging Face's gradient checkpointing inactive. Training flags, `requires_grad` flags and
-    compiled wrappers are restored on leaving.
+    Hugging Face's gradient checkpointing inactive. Keys and values are not cached: one pass has
+    no use of them, and a block that is run twice would meet its own. Training flags,
+    `requires_grad` flags, compiled wrappers and `use_cache` are restored on leaving.
     """
     wrapped = [
         (parent, name, child)
@@ -43,7 +56,10 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
     compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl]
     training = [(m, m.training) for m in model.modules()]
     needed = [(p, p.requires_grad) for p in model.parameters()]
+    caching = _caching(model)
     try:
+        for config in caching:
+            config.use_cache = False
         for module, _ in compiled:
             module._compiled_call_impl = None
         model.eval()
@@ -52,6 +68,8 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
         with _uncompiled():
             yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for p, flag in needed:
             p.requires_grad_(flag)
         for module, mode in training:
@@ -60,6 +78,12 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
             module._compiled_call_impl = call
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    """Return the settings of Hugging Face models that ask for a cache, each once."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [c for c in configs.values() if getattr(c, "use_cache", False) is True]
 
 
 def _uncompiled() -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curate.scorers.passes import Harvest, Passes
 from curate.scorers.plan import Plan, summary
-from curate.scorers.prepared import canonical_name, named_parameters, unwrapped
+from curate.scorers.prepared import bare, canonical_name, named_parameters
 from curate.scorers.probe import PROBE_ROWS, discover, verify
 from curate.scorers.protocol import Outputs
 from curate.scorers.rows import count_rows
@@ -25,7 +25,7 @@ class WatchedModel:
     """A model with its plan, and which of its parameters a name or pattern means."""
 
     def __init__(self, model: nn.Module, outputs: LossFn, probe: bool) -> None:
-        self.passes = Passes(unwrapped(model), outputs, Plan())
+        self.passes = Passes(bare(model), outputs, Plan())
         self._probe, self._seen_rows = probe, 0
         params = {canonical_name(n): p for n, p in self.passes.model.named_parameters()}
         self.all = tuple(params)
