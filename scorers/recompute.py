@@ -57,14 +57,14 @@ class Recompute:
         blocks = {name: m for name, m in found.items() if name not in self.refused}
         own = {name: m.__dict__.get("forward") for name, m in blocks.items()}
         for name, m in blocks.items():
-            m.forward = self._twice(name, m.forward, taps, tracer, again)
+            m.__dict__["forward"] = self._twice(name, m.forward, taps, tracer, again)
         try:
             yield
         finally:
             for name, m in blocks.items():
                 del m.__dict__["forward"]
                 if own[name] is not None:
-                    m.forward = own[name]
+                    m.__dict__["forward"] = own[name]
 
     def _twice(
         self,
@@ -188,11 +188,9 @@ class _Run:
         self._is_first, self._is_over = True, False
 
     def first(self) -> Any:
-        leaves = self._given
-        copied = self.owner.overwritten.get(self.name, set())
-        self._given = [
-            _copy(x, self.taps.anchor) if i in copied else x for i, x in enumerate(leaves)
-        ]
+        leaves = list(self._given)
+        for i in self.owner.overwritten.get(self.name, ()):
+            self._given[i] = _copy(leaves[i], self.taps.anchor)
         self._versions = [_version(x) for x in self._given]
         args, kwargs = tree_unflatten(leaves, self._spec)
         self.taps.later = self._promise
