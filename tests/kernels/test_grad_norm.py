@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.kernels import grad_norm
+from curate.kernels import summation
 from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
 from curate.kernels.grad_norm import (
@@ -50,7 +50,7 @@ def test_every_form_is_that_of_the_whole_gradient(shape, scratch) -> None:
     left, right = _factors(shape)
     grad = _whole(left, right)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_norm, "SCRATCH", scratch)  # tiles of a few rows, all at once
+        patch.setattr(summation, "SCRATCH", scratch)  # tiles of a few rows, all at once
         for form in (grad_sq_norm, grad_sq_norm_gram, grad_sq_norm_tiles):
             torch.testing.assert_close(form(left, right), grad.square().sum((1, 2)))
         v = torch.randn(2, *grad.shape[1:], dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_tables_are_matrices_with_unit_vectors(s, t, v, d, u, scratch) -> None:
     grad = unit.mT @ right
     directions = torch.randn(2, v, d, generator=gen, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_norm, "SCRATCH", scratch)
+        patch.setattr(summation, "SCRATCH", scratch)
         torch.testing.assert_close(embedding_sq_norm(index, right), grad.square().sum((1, 2)))
         torch.testing.assert_close(
             embedding_cross(index, right, other, hidden), (grad * (other.mT @ hidden)).sum((1, 2))
