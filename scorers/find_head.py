@@ -14,8 +14,11 @@ def find_head(recording: Recording, names: Mapping[int, str]) -> HeadPlan | None
     assert outputs is not None, "recorded before the pass ended"
     if outputs.head is not None:
         own = tuple(names[id(p)] for p in outputs.head.parameters() if id(p) in names)
-        uses = [k for k in recording.uses if own and k[0] == "linear" and own[0] in k[1]]
-        return HeadPlan(uses[0] if len(uses) == 1 else None, own, False) if own else None
+        kinds = "linear", "linear_head"
+        uses = [k for k in recording.uses if own and k[0] in kinds and own[0] in k[1]]
+        key = uses[0] if len(uses) == 1 else None
+        fused = key is not None and key[0] == "linear_head"
+        return HeadPlan(key, own, starts_at_token_0=fused) if own else None
     if outputs.logits is None or outputs.logits.grad_fn is None:
         return None
     products: dict[UseKey, int] = {}

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curate.kernels.cross_entropy import TokenStatistics, token_statistics
+from curate.kernels.cross_entropy import Gathered, TokenStatistics, token_statistics
 from curate.kernels.grad_norm import accumulable
+from curate.scorers.head_part import HeadPart
 from curate.scorers.parts import Dots, Full, Layout, join, sq_norm
 from curate.scorers.protocol import IGNORE, Outputs
 from curate.scorers.uses import Overwritten, Saved, Use
@@ -16,14 +17,17 @@ STATISTICS = frozenset({"el2n", "entropy", "margin", "correct", "tokens"})
 
 
 def row_statistics(
-    outputs: Outputs, rows: int, row_ids: Tensor | None
+    outputs: Outputs, gathered: Gathered, rows: int, row_ids: Tensor | None
 ) -> dict[str, Float[Tensor, " b"]]:
     """Return el2n, entropy, margin and correct as means over each row's target tokens, and tokens.
 
+    What the loss gathered of the prediction is not computed again.
     A row without target tokens has NaN means: there is nothing to take the mean of.
     """
     targets = _targets(outputs)
-    each = _token_statistics(outputs, targets)
+    each = _gathered(outputs, gathered)
+    if each is None or each.el2n.shape != targets.shape:
+        each = _token_statistics(outputs, targets)
     mask = (targets != IGNORE).to(each.el2n.dtype)
     tokens = per_row(mask, rows, row_ids)
     means = {name: per_row(value, rows, row_ids) / tokens for name, value in each._asdict().items()}
@@ -34,6 +38,12 @@ def _targets(outputs: Outputs) -> Tensor:
     if outputs.targets is None:
         raise ValueError("statistics of the prediction need Outputs.targets beside the loss")
     return outputs.targets
+
+
+def _gathered(outputs: Outputs, gathered: Gathered) -> TokenStatistics | None:
+    if outputs.logits is not None:
+        return gathered.statistics(outputs.logits)
+    return gathered.head
 
 
 def _token_statistics(outputs: Outputs, targets: Tensor) -> TokenStatistics:
@@ -76,6 +86,8 @@ class HeadWatch:
     row_ids: Tensor | None
     wants_alignment: bool
     alignment: Float[Tensor, " b"] | None = None
+    logit_norm: Float[Tensor, " b"] | None = None
+    """Known where the head is one with its loss."""
     hidden: Float[Tensor, "s *t d"] | None = None
 
     def saw(self, use: Use, out: Tensor, layout: Layout) -> None:
@@ -83,6 +95,13 @@ class HeadWatch:
         self.hidden = layout.rows_first(use.saved[0].get())
 
     def grad(self, g: Tensor) -> None:
+        if self._use.kind == "linear_head":
+            fused = self._use.parts(g, self._layout, frozenset({"weight"}))["weight"]
+            assert isinstance(fused, HeadPart), "what that use gives"
+            self.logit_norm = fused.logit_norm()
+            if self.wants_alignment:
+                self._align(fused.alignment(), fused.sq_norm())
+            return
         if not self.wants_alignment:
             return
         name = self._use.params["weight"].name
@@ -95,5 +114,8 @@ class HeadWatch:
                 inner = inner - per_row(part.grad * self.bias, self.rows, self.row_ids)
         except Overwritten:  # the logits were scaled in place: multiply by W after all
             inner = Dots({name: self.weight[None]})(gradient)[:, 0]
+        self._align(inner, sq_norm(gradient))
+
+    def _align(self, inner: Float[Tensor, " b"], square: Float[Tensor, " b"]) -> None:
         norm = torch.linalg.vector_norm(accumulable(self.weight))
-        self.alignment = -inner / (sq_norm(gradient).sqrt() * norm + 1e-12)
+        self.alignment = -inner / (square.sqrt() * norm + 1e-12)

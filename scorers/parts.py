@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from curate.kernels.conv import Geometry, conv_sketch, conv_sq_norm, split, unfold
@@ -23,6 +23,7 @@ from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_n
 from curate.kernels.projection import project, project_matrix, project_rows
 from curate.kernels.rademacher import Key, stream_key
 from curate.kernels.sketch import sketch, sketch_matrix, sketch_rows, sketch_vector
+from curate.scorers.head_part import HeadPart
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Full:
     """The gradient itself: of vectors, and of what has no factors."""
 
     grad: Float[Tensor, "s ..."]
+    by_row: bool = False
+    """The sequences of a row are summed already."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,12 @@ class Sketched:
     value: Float[Tensor, "s kk"]
 
 
-Part = Pair | Convolved | Indexed | Full | Sketched
+Part = Pair | Convolved | HeadPart | Indexed | Full | Sketched
+
+
+def is_by_row(part: Part) -> bool:
+    """Return whether the sequences of a row are together in it already."""
+    return isinstance(part, HeadPart) or (isinstance(part, Full) and part.by_row)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Gradient:
 
     name: str
     shape: torch.Size
-    pair: Pair | Convolved | None = None
+    pair: Pair | Convolved | HeadPart | None = None
     indexed: Indexed | None = None
     full: Full | None = None
 
@@ -140,7 +148,11 @@ class Gradient:
         if self.full is not None:
             total = accumulable(self.full.grad[rows]).reshape(-1, r, c).clone()
         if self.pair is not None:
-            left, right = accumulable(self.pair.left[rows]), accumulable(self.pair.right[rows])
+            if isinstance(self.pair, HeadPart):
+                left = self.pair.error(rows)[:, None]
+            else:
+                left = accumulable(self.pair.left[rows])
+            right = accumulable(self.pair.right[rows])
             grad = (left.mT @ right).flatten(1, 2)
             total = grad if total is None else total.add_(grad)
         if self.indexed is not None:
@@ -156,17 +168,23 @@ def join(
     name: str, shape: torch.Size, parts: Sequence[Part], rows: int, row_ids: Tensor | None
 ) -> Gradient:
     """Return the sum of the uses' parts, with the sequences of each row brought together."""
-    groups = None if row_ids is None else _group(row_ids, rows)
-    pairs = [p for p in parts if isinstance(p, (Pair, Convolved))]
+    groups = None if row_ids is None else group_rows(row_ids, rows)
+    pairs = [p for p in parts if isinstance(p, (Pair, Convolved, HeadPart))]
     indexed = [p for p in parts if isinstance(p, Indexed)]
-    fulls = [p.grad for p in parts if isinstance(p, Full)]
+    fulls = [p for p in parts if isinstance(p, Full)]
     gradient = Gradient(name, shape)
-    if len(pairs) == 1 and groups is None:
+    if len(pairs) == 1 and (groups is None or isinstance(pairs[0], HeadPart)):
         gradient = replace(gradient, pair=pairs[0])
     elif pairs:
-        left, right = _concat([p.left for p in pairs], 2), _concat([p.right for p in pairs], 2)
+        sides = [(p.left, p.right) for p in pairs]
         if groups is not None:
-            left, right = _regroup(left, groups, 2), _regroup(right, groups, 2)
+            sides = [
+                (left, right)
+                if isinstance(p, HeadPart)
+                else (regroup(left, groups, 2), regroup(right, groups, 2))
+                for p, (left, right) in zip(pairs, sides, strict=True)
+            ]
+        left, right = (_concat([side[i] for side in sides], 2) for i in (0, 1))
         gradient = replace(gradient, pair=Pair(left, right))
     if indexed:
         index, right = (
@@ -174,14 +192,18 @@ def join(
             _concat([p.right for p in indexed], 1),
         )
         if groups is not None:
-            index, right = _regroup(index, groups, 1), _regroup(right, groups, 1)
+            index, right = regroup(index, groups, 1), regroup(right, groups, 1)
         gradient = replace(gradient, indexed=Indexed(index, right))
     if fulls:
-        total = fulls[0] if len(fulls) == 1 else torch.stack(fulls).sum(0)
-        if row_ids is not None:
-            total = total.new_zeros(rows, *total.shape[1:]).index_add_(0, row_ids, total)
-        gradient = replace(gradient, full=Full(total))
+        grads = [p.grad if p.by_row else by_row(p.grad, rows, row_ids) for p in fulls]
+        total = grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
+        gradient = replace(gradient, full=Full(total, by_row=True))
     return gradient
+
+
+def by_row(x: Float[Tensor, "s ..."], rows: int, row_ids: Tensor | None) -> Float[Tensor, "b ..."]:
+    """Return the sum over each row's sequences."""
+    return x if row_ids is None else x.new_zeros(rows, *x.shape[1:]).index_add_(0, row_ids, x)
 
 
 def _concat(tensors: list[Tensor], axis: int) -> Tensor:
@@ -190,7 +212,10 @@ def _concat(tensors: list[Tensor], axis: int) -> Tensor:
     return torch.cat([t.to(torch.promote_types(tensors[0].dtype, t.dtype)) for t in tensors], axis)
 
 
-def _group(row_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+RowGroups = tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]
+
+
+def group_rows(row_ids: Int[Tensor, " s"], rows: int) -> RowGroups:
     """Return the sequences of each row [B, M] (0 where there is none) and which are real [B, M]."""
     counts = torch.bincount(row_ids, minlength=rows)
     order = row_ids.argsort(stable=True)
@@ -201,20 +226,28 @@ def _group(row_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return index, torch.arange(index.shape[1], device=order.device) < counts[:, None]
 
 
-def _regroup(x: Tensor, groups: tuple[Tensor, Tensor], axis: int) -> Tensor:
-    """Return x with a row's sequences laid end to end along its token axis, 0 where there is none.
+def regroup(x: Tensor, groups: RowGroups, axis: int, fill: int = 0) -> Tensor:
+    """Return x with a row's sequences laid end to end along its token axis, `fill` between them.
 
     Both factors are filled: 0 times another row's infinity would not be 0.
     """
     index, real = groups
     y = x[index]  # [B, M, ...]
-    y = y.masked_fill(~real.view(*real.shape, *(1,) * (y.dim() - 2)), 0)
+    y = y.masked_fill(~real.view(*real.shape, *(1,) * (y.dim() - 2)), fill)
     return y.movedim(1, axis).flatten(axis, axis + 1)
+
+
+def ungroup(x: Float[Tensor, "b mt"], groups: RowGroups, sequences: int) -> Float[Tensor, "s t"]:
+    """Return the sequences that `regroup` laid end to end along axis 1."""
+    index, real = groups
+    place = torch.empty(sequences, dtype=torch.long, device=x.device)
+    place[index[real]] = real.flatten().nonzero().flatten()
+    return x.reshape(index.numel(), -1)[place]
 
 
 def alone(name: str, shape: torch.Size, part: Part) -> Gradient:
     """Return the gradient that one part is, sequences first."""
-    if isinstance(part, (Pair, Convolved)):
+    if isinstance(part, (Pair, Convolved, HeadPart)):
         return Gradient(name, shape, pair=part)
     if isinstance(part, Indexed):
         return Gradient(name, shape, indexed=part)
@@ -244,13 +277,18 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
         return embedding_sq_norm(indexed.index, indexed.right)
     if isinstance(pair, Convolved):
         total = conv_sq_norm(pair.grad, pair.input, pair.geometry)
+    elif isinstance(pair, HeadPart):
+        total = pair.sq_norm()
     else:
         total = grad_sq_norm(pair.left, pair.right)
     if indexed is not None:
         total = total + embedding_sq_norm(indexed.index, indexed.right)
-        cross = embedding_cross(
-            indexed.index, indexed.right, pair.left.squeeze(1), pair.right.squeeze(1)
-        )
+        if isinstance(pair, HeadPart) and pair.sums.columns is not None:
+            cross = pair.cross(indexed.right)
+        else:
+            cross = embedding_cross(
+                indexed.index, indexed.right, pair.left.squeeze(1), pair.right.squeeze(1)
+            )
         total = (total + 2 * cross).clamp_(min=0)
     return total
 
@@ -279,6 +317,8 @@ class TwoSidedSketch:
         keys = self.keys(name)
         if isinstance(pair := gradient.pair, Convolved):
             total.append(conv_sketch(pair.grad, pair.input, pair.geometry, keys, self.k))
+        elif isinstance(pair, HeadPart) and pair.sums.sketch is not None:
+            total.append(pair.sketch(keys, self.k))
         elif pair is not None:
             total.append(sketch(pair.left, pair.right, keys, self.k))
         if gradient.indexed is not None:
@@ -322,8 +362,10 @@ class Dots:
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b m"]:
         v, total = self.directions[gradient.name], list[Tensor]()
         v = v.reshape(len(v), *gradient.matrix_shape)
-        if gradient.pair is not None:
-            total.append(grad_dot(gradient.pair.left, gradient.pair.right, v))
+        if isinstance(pair := gradient.pair, HeadPart) and pair.sums.dots is not None:
+            total.append(pair.dots())
+        elif pair is not None:
+            total.append(grad_dot(pair.left, pair.right, v))
         if gradient.indexed is not None:
             total.append(grad_dot_rows(gradient.indexed.index, gradient.indexed.right, v))
         if gradient.full is not None:

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from curate.kernels.cross_entropy import Gathered, gathering
 from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.scorers.fallback import Catcher, Replay, whole_model_rows
 from curate.scorers.head import HeadWatch, per_row, row_statistics
+from curate.scorers.head_uses import HeadCall, head_wants
 from curate.scorers.parts import (
     Full,
     Gradient,
@@ -22,6 +24,9 @@ from curate.scorers.parts import (
     Sketched,
     TwoSidedSketch,
     alone,
+    by_row,
+    group_rows,
+    is_by_row,
     is_linear,
 )
 from curate.scorers.plan import Plan
@@ -29,7 +34,7 @@ from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.protocol import Outputs
 from curate.scorers.recompute import Recompute
 from curate.scorers.rows import count_rows, sequences_of
-from curate.scorers.taps import Replan, Taps, Tracer, anchored
+from curate.scorers.taps import Lookups, Replan, Taps, Tracer, UseKey, anchored
 from curate.scorers.uses import Use
 
 log = logging.getLogger("curate.engine")
@@ -140,15 +145,19 @@ class _Pass:
         free = self.params.keys() if everything else unused
         with prepared(self.model, free):
             if not self.needs.differentiates and not self.needs.head:
-                with torch.no_grad():
+                with torch.no_grad(), self._gathering() as gathered:
                     outputs = self.passes.evaluate(self.batch)
-                return self._harvest(outputs)
-            outputs, taps, catcher, watch = self._forward()
-            harvest = self._harvest(outputs)
+                return self._harvest(outputs, gathered)
+            with self._gathering() as gathered:
+                outputs, taps, catcher, watch = self._forward()
+            harvest = self._harvest(outputs, gathered)
+            del gathered
             if self.needs.differentiates:
                 self._backward(outputs, taps, unused, harvest)
             if watch is not None:
                 harvest.alignment = watch.alignment
+                if watch.logit_norm is not None:
+                    harvest.logit_norm = watch.logit_norm
                 harvest.hidden = watch.hidden
             self._fall_back(catcher)
         harvest.readouts = {
@@ -156,6 +165,9 @@ class _Pass:
             for key, of in self.results.items()
         }
         return harvest
+
+    def _gathering(self) -> AbstractContextManager[Gathered]:
+        return gathering() if self.needs.statistics else nullcontext(Gathered())
 
     def _forward(self) -> tuple[Outputs, Taps, Catcher, HeadWatch | None]:
         paths = {name: self.plan.path(name) for name in self.needs.params}
@@ -179,6 +191,7 @@ class _Pass:
             consume=self._consume,
             read_part=self._read_part,
             by_part=self._linear_only(analytic),
+            prepare_head=self._prepare_head,
             watched=watched,
             on_embedding=self._embedding if self.needs.input_grad else None,
         )
@@ -207,7 +220,9 @@ class _Pass:
     def _backward(self, outputs: Outputs, taps: Taps, unused: set[str], harvest: Harvest) -> None:
         names = sorted(unused)
         wanted = {"anchor": self.anchor} | {name: self.params[name] for name in names}
-        if self.needs.logit_norm:
+        head = self.plan.head
+        fused = head is not None and head.key is not None and head.key[0] == "linear_head"
+        if self.needs.logit_norm and not fused:
             wanted["logits"] = _logits_of(outputs)
         wanted |= {f"input {name}": x for name, x in self.inputs.items()}
         grads: dict[str, Tensor | None] = dict.fromkeys(wanted)
@@ -220,7 +235,7 @@ class _Pass:
         taps.flush()
         if used := {name for name in names if grads[name] is not None}:
             raise Replan("used for the first time", used)
-        if self.needs.logit_norm:
+        if "logits" in grads:
             harvest.logit_norm = self._norm_of(grads["logits"])
         for name, x in self.inputs.items():
             g = grads[f"input {name}"]
@@ -234,12 +249,12 @@ class _Pass:
             )
         return per_row(accumulable(grad).square(), self.rows, self.row_ids).sqrt()
 
-    def _harvest(self, outputs: Outputs) -> Harvest:
+    def _harvest(self, outputs: Outputs, gathered: Gathered) -> Harvest:
         harvest = Harvest(
             accumulable(outputs.loss.detach()), {}, targets=outputs.targets, row_ids=self.row_ids
         )
         if self.needs.statistics:
-            harvest.statistics = row_statistics(outputs, self.rows, self.row_ids)
+            harvest.statistics = row_statistics(outputs, gathered, self.rows, self.row_ids)
         return harvest
 
     def _consume(self, gradient: Gradient) -> None:
@@ -265,12 +280,25 @@ class _Pass:
                 value = part.value
             else:
                 value = read(alone(name, self.params[name].shape, part))
-            if self.row_ids is not None:
-                value = value.new_zeros(self.rows, *value.shape[1:]).index_add_(
-                    0, self.row_ids, value
-                )
+            if not is_by_row(part):
+                value = by_row(value, self.rows, self.row_ids)
             so_far = self.sums[key].get(name)
             self.sums[key][name] = value if so_far is None else so_far + value
+
+    def _prepare_head(self, key: UseKey, use: Use, lookups: Lookups) -> None:
+        """Ask a head with its loss for what will be read off its gradient."""
+        layout, call = self.plan.layouts.get(key), use.call
+        assert isinstance(call, HeadCall), "the only use that is called its own way"
+        groups = None if self.row_ids is None else group_rows(self.row_ids, self.rows)
+        name, found = use.params["weight"].name, list[Readout]()
+        if self.plan.path(name).kind == "analytic":
+            found = [read for names, read in self.needs.readouts.values() if name in names]
+        is_head = self.plan.head is not None and self.plan.head.key == key
+        ids = lookups.get(name, [])
+        wants = head_wants(
+            name, found, self.needs.alignment and is_head, ids[0] if len(ids) == 1 else None, groups
+        )
+        call.prepare(layout, groups, replace(wants, statistics=self.needs.statistics))
 
     # -- the slower paths
 

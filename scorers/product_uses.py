@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from curate.kernels.grad_norm import accumulable
-from curate.scorers.parts import Full, Indexed, Layout, Pair, Part
+from curate.kernels.sketch import sketch_from_sides, sketch_side
+from curate.scorers.parts import Full, Indexed, Layout, Pair, Part, Sketched, TwoSidedSketch
 from curate.scorers.uses import Lookup, Param, Saved, Use, by_role
 
 
@@ -39,20 +40,38 @@ def _matrix_product(
     kind: str, x: Tensor, w: Param | None, b: Param | None, *, output_is_rows: bool
 ) -> Use:
     """output = x @ W^T + b, W [O, I] stored as the parameter (or its transpose)."""
-    a = Saved(x)
+    saved = [Saved(x)]
+    swap = w is not None and output_is_rows == w.transposed
+    projected: list[tuple[Tensor, TwoSidedSketch]] = []
+
+    def inputs(layout: Layout) -> Tensor:
+        return _tokens(layout.rows_first(saved[0].get()))
+
+    def shrink(layout: Layout, sketch: TwoSidedSketch) -> None:
+        assert w is not None, "a sketch of its gradient is wanted"
+        side = 0 if swap else 1
+        projected.append(
+            (sketch_side(inputs(layout), sketch.keys(w.name)[side], sketch.k[side]), sketch)
+        )
+        saved.clear()
 
     def parts(g: Tensor, layout: Layout, roles: frozenset[str]) -> dict[str, Part]:
         out: dict[str, Part] = {}
         g = _tokens(layout.rows_first(g))
-        if "weight" in roles and w is not None:
-            left, right = g[:, None], _tokens(layout.rows_first(a.get()))[:, None]
-            swap = output_is_rows == w.transposed
+        if "weight" in roles and w is not None and projected:
+            kept, sketch = projected[0]
+            side = 1 if swap else 0
+            made = sketch_side(g, sketch.keys(w.name)[side], sketch.k[side])
+            tall, wide = (kept, made) if swap else (made, kept)
+            out["weight"] = Sketched(sketch_from_sides(tall, wide))
+        elif "weight" in roles and w is not None:
+            left, right = g[:, None], inputs(layout)[:, None]
             out["weight"] = Pair(right, left) if swap else Pair(left, right)
         if "bias" in roles and b is not None:
             out["bias"] = Full(accumulable(g).sum(1))
         return out
 
-    return Use(kind, by_role(weight=w, bias=b), parts, _not_last, [a])
+    return Use(kind, by_role(weight=w, bias=b), parts, _not_last, saved, shrink=shrink)
 
 
 def embedding(

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curate.scorers import conv_uses
+from curate.kernels.linear_head import linear_cross_entropy
+from curate.scorers import conv_uses, head_uses
 from curate.scorers import elementwise_uses as elementwise
 from curate.scorers import product_uses as product
 from curate.scorers.uses import Lookup, Param, Use
@@ -16,6 +17,7 @@ Reader = Callable[..., Use | None]
 _T = Tensor
 READERS: dict[Callable[..., Any], Reader] = {
     F.linear: product.linear,
+    linear_cross_entropy: head_uses.linear_cross_entropy,
     **dict.fromkeys((torch.addmm, _T.addmm), product.addmm),
     **dict.fromkeys((torch.matmul, _T.matmul, _T.__matmul__, torch.mm, _T.mm), product.matmul),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv_uses.conv),

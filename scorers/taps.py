@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,9 @@ from curate.scorers.uses import Overwritten, Param, Use
 
 UseKey = tuple[str, tuple[str, ...], int]
 """Kind, parameter names, and which of such uses in this pass."""
+
+Lookups = dict[str, list[Int[Tensor, "s t"]]]
+"""What was looked up in each table so far, sequences first."""
 
 
 class Replan(Exception):
@@ -113,7 +117,8 @@ class Tracer(TorchFunctionMode):
         key = (*kind, self._seen[kind])
         self._seen[kind] += 1
         self._listener.before(key, use)
-        return self._listener.after(key, use, func(*args, **kwargs))
+        out = func(*args, **kwargs) if use.call is None else use.call()
+        return self._listener.after(key, use, out)
 
     def _derived(
         self,
@@ -224,6 +229,8 @@ class Taps:
     """What to do with a part of a parameter in `by_part`, instead of adding it up."""
     by_part: Mapping[str, TwoSidedSketch | None]
     """Parameters of which only linear things are wanted, and the sketch where that is all."""
+    prepare_head: Callable[[UseKey, Use, Lookups], None]
+    """Called before a head with its loss is, with the look-ups made so far."""
     watched: Mapping[UseKey, "Watch"] = field(default_factory=dict)
     on_embedding: Callable[[Use, Tensor], None] | None = None
 
@@ -232,8 +239,11 @@ class Taps:
         """While a block runs that will be run again: gives the use that is met then."""
         self._parts: dict[str, list[Part]] = defaultdict(list)
         self._pending = Counter[str]()
+        self._lookups: Lookups = defaultdict(list)
 
     def before(self, key: UseKey, use: Use) -> None:
+        if use.call is not None:
+            self.prepare_head(key, use, self._lookups)
         if key in self.copies:
             for saved in use.saved:
                 saved.keep_copy()
@@ -248,6 +258,9 @@ class Taps:
             watch.saw(use, out, layout)
         if self.on_embedding is not None and use.kind == "embedding":
             self.on_embedding(use, out)
+        if use.kind == "embedding" and roles:
+            index = layout.rows_first(layout.spread(use.saved[0].get()))
+            self._lookups[use.params["weight"].name].append(index.reshape(len(index), -1))
         for role in roles:
             self._pending[use.params[role].name] += 1
         weight, is_small = use.params.get("weight"), False

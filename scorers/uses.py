@@ -62,6 +62,8 @@ class Use:
     saved: list[Saved] = field(default_factory=list)
     may_be_shared: bool = False
     """The output may be the same for all rows (a look-up of positions [1, T])."""
+    call: Callable[[], Tensor] | None = None
+    """How the call is made where it is more than the function itself."""
     shrink: Callable[[Layout, TwoSidedSketch], None] | None = None
     """Keep of the input only what the sketch of the weight's gradient takes of it."""
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curate.kernels.cross_entropy import token_cross_entropy
+from curate.kernels.linear_head import linear_cross_entropy
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
@@ -42,6 +43,7 @@ from curate.pipeline.tasks.texts import (
 )
 from curate.pipeline.tasks.tokenizers import BYTES, DOCUMENT, tokenizer, tokenizer_digest
 from curate.scorers.protocol import IGNORE, Batch, Outputs
+from curate.scorers.split_head import split_head
 
 RowLoss = Literal["mean", "sum"]
 LARGEST_CONTEXT = 2048
@@ -203,14 +205,21 @@ class CausalLM(Task):
         return Batch({"input_ids": inputs}, targets, encoded.num_rows, ids)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Return each document's loss, in nats, with logits and targets per window."""
-        logits = call(model, batch.inputs)
-        tokens = token_cross_entropy(logits, batch.targets)
+        """Return each document's loss, in nats, with targets and logits per window.
+
+        Or with hidden states and head in place of logits, which then never exist.
+        """
+        out, head = split_head(model, lambda: call(model, batch.inputs))
+        if head is None:
+            tokens = token_cross_entropy(out, batch.targets)
+        else:
+            tokens = linear_cross_entropy(out, head.weight, batch.targets, head.bias)
         loss = _by_row(tokens.sum(1), batch)
         if self.row_loss == "mean":
             counts = _by_row((batch.targets != IGNORE).sum(1).to(loss.dtype), batch)
             loss = loss / counts
-        return Outputs(loss=loss, targets=batch.targets, logits=logits, row_ids=batch.row_ids)
+        found = {"logits": out} if head is None else {"hidden": out}
+        return Outputs(loss, batch.targets, **found, head=head, row_ids=batch.row_ids)
 
     def pack_batch(self, encoded: pa.Table, weights: Float[Tensor, " b"] | None = None) -> Packed:
         """Return the documents end to end in full contexts, each followed by an end token.

@@ -1,0 +1,95 @@
+"""The gradient of a head whose logits never existed, and what is read off it.
+
+Shapes: B rows, T tokens of a row, U look-ups of a row, V vocabulary, D hidden size.
+
+    G = sum_t seed_t e_t h_t^T,  e = p - y,  seed = d(row loss)/d(token loss)
+
+The sums over the vocabulary that a readout takes were made in the forward pass, when the errors of
+a few rows were at hand (`kernels/linear_head.py`); only a readout that has no such sum makes the
+errors again, a few rows at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from curate.kernels.dot import grad_dot
+from curate.kernels.grad_norm import accumulable, inner
+from curate.kernels.linear_head import HeadSums, head_error, head_gram_sq_norm, head_sq_norm
+from curate.kernels.rademacher import Key
+from curate.kernels.sketch import sketch_from_sides, sketch_side
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """One head's gradient, by rows: a row's sequences lie end to end, with targets IGNORE between
+    them."""
+
+    hidden: Float[Tensor, "b t d"]
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None
+    targets: Int[Tensor, "b t"]
+    sums: HeadSums
+    seeds: Float[Tensor, "b t"]
+
+    @property
+    def left(self) -> Float[Tensor, "b 1 t v"]:
+        """The seeded errors of all rows: as large as the logits."""
+        return self.error(slice(0, len(self.hidden)))[:, None]
+
+    @property
+    def right(self) -> Float[Tensor, "b 1 t d"]:
+        return self.hidden[:, None]
+
+    def error(self, rows: slice) -> Float[Tensor, "r t v"]:
+        """Return seed_t e_t of some rows."""
+        sums = self.sums
+        error = head_error(
+            self.hidden, self.weight, self.bias, self.targets, sums.lse, sums.error_target, rows
+        )
+        return error * self.seeds[rows, :, None]
+
+    def bias_gradient(self) -> Float[Tensor, "b v"]:
+        """Return sum_t seed_t e_t, the gradient of the head's bias."""
+        made = [self.error(slice(b, b + 1)).sum(1) for b in range(len(self.hidden))]
+        return torch.cat(made)
+
+    def sq_norm(self) -> Float[Tensor, " b"]:
+        """Return ||G||_F^2."""
+        if self.sums.gram is not None:
+            return head_gram_sq_norm(self.sums.gram, self.hidden, self.seeds)
+        lse, error_target = self.sums.lse, self.sums.error_target
+        return head_sq_norm(
+            self.hidden, self.weight, self.bias, self.targets, lse, error_target, self.seeds
+        )
+
+    def cross(self, right: Float[Tensor, "b u d"]) -> Float[Tensor, " b"]:
+        """Return <G, sum_u unit(index_u) right_u^T>, the cross term with the same matrix used as a
+        table, for the look-ups whose columns of the error were kept."""
+        assert self.sums.columns is not None, "kept where the matrix is tied"
+        seeded = accumulable(self.hidden) * self.seeds[..., None]
+        products = torch.bmm(seeded, accumulable(right).mT)
+        return inner(self.sums.columns, products)
+
+    def sketch(self, keys: tuple[Key, Key], k: tuple[int, int]) -> Float[Tensor, "b kk"]:
+        """Return the two-sided sketch of G; its rows' signs are those the errors were summed by."""
+        assert self.sums.sketch is not None, "asked for"
+        tall = self.sums.sketch * self.seeds[..., None]
+        return sketch_from_sides(tall, sketch_side(self.hidden, keys[1], k[1]))
+
+    def dots(self) -> Float[Tensor, "b m"]:
+        """Return <G, V_m> for the directions that the errors were multiplied by."""
+        assert self.sums.dots is not None, "asked for"
+        return (self.sums.dots * self.seeds[..., None]).sum(1)
+
+    def alignment(self) -> Float[Tensor, " b"]:
+        """Return <G, W>."""
+        if self.sums.aligned is None:
+            return grad_dot(self.left, self.right, self.weight[None])[:, 0]
+        return (self.sums.aligned * self.seeds).sum(1)
+
+    def logit_norm(self) -> Float[Tensor, " b"]:
+        """Return the norm of d(row loss)/d(logits) over all positions."""
+        return (self.sums.error_sq * self.seeds.square()).sum(1).sqrt()

@@ -1,0 +1,154 @@
+"""The use of a head together with its loss: `linear_cross_entropy`, seen by the taps as one call.
+
+Shapes: S sequences, T tokens, D hidden size, B rows, N all tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxtyping import Int
+from torch import Tensor
+
+from curate.kernels.cross_entropy import TokenStatistics, active_gathering
+from curate.kernels.linear_head import HeadSums, HeadWants, head_pass
+from curate.scorers.head_part import HeadPart
+from curate.scorers.parts import (
+    Dots,
+    Full,
+    Layout,
+    Part,
+    Readout,
+    RowGroups,
+    TwoSidedSketch,
+    regroup,
+    sq_norm,
+    ungroup,
+)
+from curate.scorers.protocol import IGNORE
+from curate.scorers.uses import Lookup, Saved, Use, by_role
+
+
+class HeadCall:
+    """One call of the head and its loss. What is wanted of it must be said before it is made."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor):
+        self.weight, self.bias, self.targets = weight, bias, targets
+        self.saved, self._hidden = Saved(hidden), hidden
+        self._wants = HeadWants()
+        self._groups: RowGroups | None = None
+        self._by_row = False
+        self.sums: HeadSums | None = None
+
+    def prepare(self, layout: Layout | None, groups: RowGroups | None, wants: HeadWants) -> None:
+        """Say which sequences make a row, and what is to be summed over the vocabulary.
+
+        Only of sequences along axis 0, [S, T, D] or [S, D]; elsewhere the errors are made again.
+        """
+        self._groups = groups
+        if layout is None or layout.kind != "dense" or layout.axis != 0 or self._hidden.dim() > 3:
+            self._wants = HeadWants(statistics=wants.statistics)
+            return
+        tokens = self._hidden[0].numel() // self._hidden.shape[-1]
+        tokens *= 1 if groups is None else groups[0].shape[1]
+        # The Gram form costs t^2 v, the other 2 t v d: the errors again, and the products.
+        gram = wants.gram and tokens <= 2 * self._hidden.shape[-1]
+        self._by_row, self._wants = True, replace(wants, gram=gram)
+
+    def __call__(self) -> Tensor:
+        """Return the loss of each token, in the shape of the targets."""
+        hidden, self._hidden = self._hidden, self._hidden.detach()
+        targets = self.targets
+        if not self._by_row:
+            hidden, targets = hidden.reshape(-1, 1, hidden.shape[-1]), targets.reshape(-1, 1)
+        elif hidden.dim() == 2:
+            hidden, targets = hidden[:, None], targets[:, None]
+        if self._by_row and self._groups is not None:
+            hidden, targets = regroup(hidden, self._groups, 1), self._grouped_targets(targets)
+        loss, self.sums = head_pass(hidden, self.weight, self.bias, targets, self._wants)
+        gathered, statistics = active_gathering(), self.sums.statistics
+        if gathered is not None and statistics is not None:
+            gathered.head = TokenStatistics(*(self._as_given(x) for x in statistics))
+        return self._as_given(loss)
+
+    def _as_given(self, x: Tensor) -> Tensor:
+        """Return one number per token in the shape of the targets."""
+        if self._by_row and self._groups is not None:
+            x = ungroup(x, self._groups, len(self.targets))
+        return x.reshape(self.targets.shape)
+
+    def part(self, g: Tensor, layout: Layout) -> HeadPart:
+        """Return the gradient's part, by rows, from the gradient at the tokens' losses."""
+        assert self.sums is not None, "the call was made"
+        sums = self.sums
+        if not self._by_row:
+            lse, error_target, error_sq = (
+                self._by_rows(x.reshape(self.targets.shape), layout)
+                for x in (sums.lse, sums.error_target, sums.error_sq)
+            )
+            sums = sums._replace(lse=lse, error_target=error_target, error_sq=error_sq)
+        hidden = layout.rows_first(self.saved.get())
+        hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])
+        targets = layout.rows_first(self.targets)
+        targets = targets.reshape(len(targets), -1)
+        if self._groups is not None:
+            hidden, targets = regroup(hidden, self._groups, 1), self._grouped_targets(targets)
+        seeds = self._by_rows(g, layout)
+        return HeadPart(hidden, self.weight, self.bias, targets, sums, seeds)
+
+    def _by_rows(self, x: Tensor, layout: Layout) -> Tensor:
+        x = layout.rows_first(x)
+        x = x.reshape(len(x), -1)
+        return x if self._groups is None else regroup(x, self._groups, 1)
+
+    def _grouped_targets(self, targets: Tensor) -> Tensor:
+        assert self._groups is not None, "asked where there are"
+        return regroup(targets, self._groups, 1, fill=IGNORE)
+
+
+def head_wants(
+    name: str,
+    readouts: Sequence[Readout],
+    alignment: bool,
+    looked_up: Int[Tensor, "s u"] | None,
+    groups: RowGroups | None,
+) -> HeadWants:
+    """Return the sums over the vocabulary from which these readouts of a head's weight are made.
+
+    `looked_up` are the ids of the one look-up in the same matrix, where it is tied.
+    """
+    wants = HeadWants(aligned=alignment, gram=alignment or sq_norm in readouts)
+    if sq_norm in readouts and looked_up is not None:
+        ids = looked_up if groups is None else regroup(looked_up, groups, 1)
+        wants = replace(wants, columns=ids)
+    for read in readouts:
+        if isinstance(read, TwoSidedSketch):
+            wants = replace(wants, sketch=(read.keys(name)[0], read.k[0]))
+        elif isinstance(read, Dots):
+            wants = replace(wants, directions=read.directions[name])
+    return wants
+
+
+def linear_cross_entropy(
+    param: Lookup, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
+) -> Use | None:
+    """Read a call of the head with its loss."""
+    w, b = param(weight), param(bias)
+    if w is None or w.transposed or param(hidden):
+        return None
+    call = HeadCall(hidden, weight, bias, targets)
+
+    def parts(g: Tensor, layout: Layout, roles: frozenset[str]) -> dict[str, Part]:
+        out: dict[str, Part] = {}
+        part = call.part(g, layout)
+        if "weight" in roles:
+            out["weight"] = part
+        if "bias" in roles:
+            out["bias"] = Full(part.bias_gradient(), by_row=True)
+        return out
+
+    params = by_role(weight=w, bias=b)
+    return Use("linear_head", params, parts, _first, [call.saved], call=call)
+
+
+def _first(axis: int, axes: int) -> bool:
+    return axis == 0
