@@ -8,7 +8,7 @@ module's inputs and outputs carry everything that joins it to the loss, which th
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from curate.kernels.grad_norm import SCRATCH
+from curate.scorers.casting import Casting
 from curate.scorers.memory import is_out_of_memory
 from curate.scorers.parts import Full, Gradient
 from curate.scorers.plan import CallAxes
@@ -37,6 +38,7 @@ class Caught:
 
     inputs: list[Any]
     spec: TreeSpec
+    casting: Casting
     grads: dict[int, Tensor]
     """By position among the output's tensors."""
 
@@ -70,7 +72,7 @@ class Catcher:
         leaves, spec = tree_flatten((args, kwargs))
         # Copies: the model may overwrite its activations before we come back to them.
         kept = [x.detach().clone() if isinstance(x, Tensor) else _plain(x) for x in leaves]
-        self.calls[name].append(Caught(kept, spec, {}))
+        self.calls[name].append(Caught(kept, spec, Casting.now(self._anchor.device), {}))
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return self._outputs(self.calls[name][-1], module, args, output)
@@ -160,7 +162,8 @@ class Replay:
                 continue
             args, kwargs = tree_unflatten(self._slice(call, index), call.spec)
             with _differentiable(params):
-                outputs = _tensors(module(*args, **kwargs))
+                with call.casting.again():
+                    outputs = _tensors(module(*args, **kwargs))
                 pairs = [(outputs[i], self._grad(call, i, index)) for i in call.grads]
                 pairs = [(o, g) for o, g in pairs if o.requires_grad]
                 if not pairs:
@@ -204,7 +207,8 @@ class Replay:
             args, kwargs = tree_unflatten(leaves, call.spec)
 
             def forward(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                outputs = _tensors(functional_call(module, p, args, kwargs))
+                with call.casting.again():
+                    outputs = _tensors(functional_call(module, p, args, kwargs))
                 return tuple(outputs[i] for i in call.grads)
 
             pulled = vjp(forward, params)
@@ -251,15 +255,29 @@ def whole_model_rows(
     batch: Any, loss_of: Callable[[Any], Tensor], params: Mapping[str, Tensor]
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Yield each row's loss and gradients from a pass over that row alone: the definition."""
-    tensors = list(params.values())
+    tensors, copies = list(params.values()), True
     for row in range(count_rows(batch)):
-        with _differentiable(tensors):
-            loss = loss_of(select_rows(batch, [row]))
-            grads: Sequence[Tensor | None] = [None] * len(tensors)
-            if loss.requires_grad and tensors:
-                grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
+        one = select_rows(batch, [row])
+        try:
+            loss, grads = _whole_row(one, loss_of, tensors, copies)
+        except RuntimeError as error:
+            if not copies or "saved tensor hooks" not in str(error):
+                raise
+            copies = False  # torch.func inside the model: it does not bear them
+            loss, grads = _whole_row(one, loss_of, tensors, copies)
         pairs = zip(grads, tensors, strict=True)
-        yield loss.detach(), [torch.zeros_like(p) if g is None else _dense(g) for g, p in pairs]
+        yield loss, [torch.zeros_like(p) if g is None else _dense(g) for g, p in pairs]
+
+
+def _whole_row(
+    row: Any, loss_of: Callable[[Any], Tensor], tensors: list[Tensor], copies: bool
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    with _differentiable(tensors, copies):
+        loss = loss_of(row)
+        if not loss.requires_grad or not tensors:
+            return loss.detach(), [None] * len(tensors)
+        grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
+    return loss.detach(), grads
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -268,13 +286,13 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 @contextmanager
-def _differentiable(params: Sequence[Tensor]) -> Iterator[None]:
+def _differentiable(params: Sequence[Tensor], copies: bool = True) -> Iterator[None]:
     flags = [p.requires_grad for p in params]
     try:
         for p in params:
             p.requires_grad_(True)
         # Copies on writing, so that a model that overwrites its activations can be asked too.
-        with torch.enable_grad(), allow_mutation_on_saved_tensors():
+        with torch.enable_grad(), allow_mutation_on_saved_tensors() if copies else nullcontext():
             yield
     finally:
         for p, flag in zip(params, flags, strict=True):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from curate.scorers.casting import Casting
 from curate.scorers.memory import is_out_of_memory
 from curate.scorers.prepared import canonical_name
 from curate.scorers.taps import Replan, Taps, Tracer, UseKey, anchored
@@ -93,8 +94,8 @@ class Recompute:
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the members of the model's outermost lists of modules, by canonical name.
 
-    A list counts if none of its members has more than half of all their weights: that is a chain of
-    equals, not a model with its head. The only member of a list may be one that is used many times.
+    A list counts if no member has more than half of all their weights (of two, two thirds): that is
+    a chain of equals, not a model with its head. A list's only member may be used many times.
     Members without modules of their own are left out: they keep little but their input.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
@@ -124,7 +125,8 @@ def _blocks(module: nn.Module) -> set[str]:
     sizes = {name: size for name, size in sizes.items() if size}
     if len(sizes) == 1 and isinstance(module, _LISTS):
         return set(sizes)
-    return set(sizes) if sizes and 2 * max(sizes.values()) <= sum(sizes.values()) else set()
+    most = 2 / 3 if len(sizes) == 2 else 1 / 2
+    return set(sizes) if sizes and max(sizes.values()) <= most * sum(sizes.values()) else set()
 
 
 def _is_cache(value: object) -> bool:
@@ -181,7 +183,7 @@ class _Run:
         self.owner, self.name, self.forward = owner, name, forward
         self.taps, self.tracer, self._contexts = taps, tracer, again
         self._given, self._spec = tree_flatten((args, kwargs))
-        self._seen, self._autocast = tracer.seen, _autocast(taps.anchor.device.type)
+        self._seen, self._casting = tracer.seen, Casting.now(taps.anchor.device)
         self._held: list[weakref.ref[_Held]] = []
         self._promised: set[UseKey] = set()
         self._uses: dict[UseKey, Use] = {}
@@ -217,8 +219,7 @@ class _Run:
         args, kwargs = tree_unflatten(self._given, self._spec)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            for context in self._autocast:
-                stack.enter_context(context())
+            stack.enter_context(self._casting.again())
             stack.enter_context(self._contexts())
             stack.enter_context(saved_tensors_hooks(self._fill, _same))
             stack.enter_context(self.tracer.again(self, self._seen))
@@ -311,17 +312,3 @@ def _copy(value: Any, anchor: Tensor) -> Any:
         return value
     copy = value.detach().clone()
     return anchored(copy, anchor) if value.requires_grad else copy
-
-
-def _autocast(device: str) -> list[Callable[[], torch.autocast]]:
-    """Return what gives back today's automatic casting, on the CPU and on the device."""
-    return [
-        partial(
-            torch.autocast,
-            kind,
-            enabled=torch.is_autocast_enabled(kind),
-            dtype=torch.get_autocast_dtype(kind),
-            cache_enabled=torch.is_autocast_cache_enabled(),
-        )
-        for kind in sorted({"cpu", device})
-    ]

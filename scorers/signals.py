@@ -33,6 +33,7 @@ def signals(
     seed: int = 0,
     directions: Sequence[Mapping[str, Tensor]] | None = None,
     probe: bool = True,
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
     """Return the wanted per-row quantities of a batch, by name, from one pass over it.
 
@@ -53,7 +54,8 @@ def signals(
                      where there are several
 
     The probe checks every parameter on three rows first (see `Engine.verify`); for many batches of
-    one model use an `Engine`, or check once and pass `probe=False`.
+    one model use an `Engine`, or check once and pass `probe=False`. `recompute` runs repeated
+    blocks a second time in the backward pass, so that long rows fit in memory (see `Engine`).
 
     Raises:
         ValueError: a wrong argument, or a signal that this loss function cannot give.
@@ -63,6 +65,7 @@ def signals(
         raise ValueError(f"unknown signal {unknown[0]!r}; choose from {', '.join(sorted(_WANT))}")
     pattern, wants = params or "", set(want)
     core = WatchedModel(model, loss_fn, probe)
+    core.passes.recompute.on = recompute
     gradients = bool(wants & {"grad_norm", "grad_sq_norm", "sketch", "grad_dot"})
     if gradients:
         core.check(pattern)
