@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curate.kernels.cross_entropy import token_cross_entropy
+from curate.kernels.linear_head import linear_cross_entropy
 from curate.scorers.protocol import IGNORE, Batch, Outputs
+from curate.scorers.split_head import split_head
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,24 @@ def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def outputs(model: nn.Module, batch: Batch) -> Outputs:
-    """Return what the engine is given: every row's mean loss, the targets and the logits."""
-    out = model(**batch.inputs)
-    logits = out if isinstance(out, Tensor) else out.logits
-    loss = token_cross_entropy(logits, batch.targets)
-    if loss.dim() == 2:
-        loss = loss.sum(1) / (batch.targets != IGNORE).sum(1)
-    return Outputs(loss, batch.targets, logits)
+    """Return what the engine is given, as the tasks of `curate score` give it: every row's mean
+    loss, of a language model with its head taken apart."""
+
+    def logits() -> Tensor:
+        out = model(**batch.inputs)
+        return out if isinstance(out, Tensor) else out.logits
+
+    if batch.targets.dim() == 1:
+        made = logits()
+        return Outputs(token_cross_entropy(made, batch.targets), batch.targets, made)
+    out, head = split_head(model, logits)
+    if head is None:
+        tokens, found = token_cross_entropy(out, batch.targets), {"logits": out}
+    else:
+        tokens = linear_cross_entropy(out, head.weight, batch.targets, head.bias)
+        found = {"hidden": out}
+    loss = tokens.sum(1) / (batch.targets != IGNORE).sum(1)
+    return Outputs(loss, batch.targets, **found, head=head)
 
 
 # -- models --------------------------------------------------------------------------------------
