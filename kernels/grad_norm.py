@@ -263,7 +263,7 @@ CONFIGS: Mapping[int, Mapping[tuple[int, int], Config]] = {
         (2, 128): Config({"BLOCK_T": 128, "BLOCK_K": 32}, 8, 3),
         (4, 16): Config({"BLOCK_T": 16, "BLOCK_K": 32}, 2, 2),
         (4, 32): Config({"BLOCK_T": 32, "BLOCK_K": 32}, 4, 2),
-        (4, 64): Config({"BLOCK_T": 64, "BLOCK_K": 16}, 8, 2),
+        (4, 64): Config({"BLOCK_T": 64, "BLOCK_K": 16}, 4, 2),
     },
     90: {
         (2, 16): Config({"BLOCK_T": 16, "BLOCK_K": 128}, 2, 3),
@@ -272,7 +272,7 @@ CONFIGS: Mapping[int, Mapping[tuple[int, int], Config]] = {
         (2, 128): Config({"BLOCK_T": 128, "BLOCK_K": 64}, 8, 3),
         (4, 16): Config({"BLOCK_T": 16, "BLOCK_K": 32}, 4, 2),
         (4, 32): Config({"BLOCK_T": 32, "BLOCK_K": 32}, 4, 2),
-        (4, 64): Config({"BLOCK_T": 64, "BLOCK_K": 16}, 8, 2),
+        (4, 64): Config({"BLOCK_T": 64, "BLOCK_K": 16}, 4, 2),
     },
 }
 

@@ -317,13 +317,13 @@ CONFIGS: Mapping[int, Mapping[tuple[int, bool], Config]] = {
     80: {
         (2, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32}, 8, 3),
         (2, True): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, 4, 3),
-        (4, False): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 16}, 8, 2),
+        (4, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 16}, 8, 2),
         (4, True): Config({"BLOCK_O": 32, "BLOCK_I": 64, "BLOCK_T": 16}, 4, 2),
     },
     90: {
         (2, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64}, 8, 3),
         (2, True): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, 4, 3),
-        (4, False): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 16}, 8, 2),
+        (4, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 16}, 8, 2),
         (4, True): Config({"BLOCK_O": 32, "BLOCK_I": 64, "BLOCK_T": 16}, 4, 2),
     },
 }
