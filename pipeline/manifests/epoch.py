@@ -2,17 +2,21 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 from numpy import ndarray
 
 from curate.pipeline.manifests.order import order
 from curate.pipeline.manifests.places import Places, Recent
-from curate.selectors.keyed import keyed64, stream_key
+from curate.pipeline.manifests.visits import Drawn, OnceEach, Repeated, Visits
+from curate.selectors.keyed import stream_key
 
-_DRAWS, _WITHIN = 3, 4  # what a key is for (1 and 2 are the order's)
-CHUNK = 1 << 20
+if TYPE_CHECKING:
+    from curate.pipeline.manifests.schedules import Schedule
+
+_STAGE = 5  # what a key is for (1 and 2 are the order's, 3 and 4 the draws')
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,10 @@ class EpochPlan:
 
     Weights of kind `none` and `loss`: every position once. `repeat`: as often as its weight says.
     `sampling`: K draws with replacement, each position with probability weight / sum of weights;
-    the draws are independent and a function of (seed, epoch). The visits, sorted by position, are
-    then put in `order`. Memory: a few groups of 262 144 positions; nothing per row is held.
+    the draws are independent and a function of (seed, epoch). A schedule says by itself what this
+    epoch shows; that depends on the schedule's seed alone, so all trainings see the same rows.
+    The visits, sorted by position, are then put in `order`, stage by stage where a schedule has
+    stages. Memory: a few groups of 262 144 positions; nothing per row is held.
     """
 
     places: Places
@@ -30,14 +36,15 @@ class EpochPlan:
     seed: int
     epoch: int
     block: int = 4096
-    _visits: "Recent[int, Int64[ndarray, ' n']]" = field(
-        default_factory=lambda: Recent(64, lambda _: 1), repr=False, compare=False
+    schedule: "Schedule | None" = None
+    _expanded: "Recent[tuple[int, int], Int64[ndarray, ' n']]" = field(
+        default_factory=lambda: Recent(64, lambda _: 1), init=False, repr=False, compare=False
     )
 
     @property
     def length(self) -> int:
         """Visits in this epoch."""
-        return int(self._ends[-1])
+        return int(self._begins[-1])
 
     def positions(self, start: int, stop: int) -> Int64[ndarray, " n"]:
         """Return the positions that places [start, stop) of the epoch visit."""
@@ -45,72 +52,58 @@ class EpochPlan:
 
     def at(self, places: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
         """Return the positions that these places of the epoch visit."""
-        visits = self._ordered(places)
-        if self.weight_kind in ("none", "loss"):
-            return visits
-        group = np.searchsorted(self._ends, visits, side="right") - 1
-        positions = np.empty_like(visits)
-        for index in np.unique(group):
-            mine = group == index
-            expanded = self._visits.get(int(index), self._expand)
-            positions[mine] = expanded[visits[mine] - self._ends[index]]
-        return positions
+        found = np.empty(len(places), dtype=np.int64)
+        stages = np.searchsorted(self._begins, places, side="right") - 1
+        for stage in np.unique(stages):
+            mine = np.flatnonzero(stages == stage)
+            visits = self._ordered(int(stage), places[mine] - self._begins[stage])
+            found[mine] = self._positions(int(stage), visits)
+        return found
 
-    def _ordered(self, places: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+    def _ordered(self, stage: int, places: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
         pieces = [np.empty(0, dtype=np.int64)]
+        length = int(self._begins[stage + 1] - self._begins[stage])
+        seed = stream_key(self.seed, _STAGE, stage) if stage else self.seed
         # Padding wraps round to the start of the epoch: read each ascending stretch by itself.
         for stretch in np.split(places, np.flatnonzero(np.diff(places) < 0) + 1):
             if len(stretch):
                 low, high = int(stretch[0]), int(stretch[-1]) + 1
-                visits = order(self.length, self.seed, self.epoch, low, high, self.block)
+                visits = order(length, seed, self.epoch, low, high, self.block)
                 pieces.append(visits[stretch - low])
         return np.concatenate(pieces)
 
+    def _positions(self, stage: int, visits: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+        if isinstance(self._visits, OnceEach):
+            return visits
+        ends = self._ends[stage]
+        group = np.searchsorted(ends, visits, side="right") - 1
+        positions = np.empty_like(visits)
+        for index in np.unique(group):
+            mine = group == index
+            expanded = self._expanded.get((stage, int(index)), self._expand)
+            positions[mine] = expanded[visits[mine] - ends[index]]
+        return positions
+
+    def _expand(self, stage_and_group: tuple[int, int]) -> Int64[ndarray, " n"]:
+        return self._visits.expand(*stage_and_group)
+
     @cached_property
-    def _ends(self) -> Int64[ndarray, " g"]:
-        """The first visit of each group of positions, and the number of visits."""
+    def _visits(self) -> Visits:
+        if self.schedule is not None:
+            return self.schedule.visits(self.places, self.epoch)
         if self.weight_kind in ("none", "loss"):
-            return self.places.starts
-        return np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
+            return OnceEach(self.places)
+        if self.weight_kind == "repeat":
+            return Repeated(self.places)
+        return Drawn(self.places, self.seed, self.epoch)
 
     @cached_property
-    def _counts(self) -> Int64[ndarray, " g"]:
-        """How many visits go to each group."""
-        groups = range(len(self.places.starts) - 1)
-        sums = np.array([self._weights(g).sum() for g in groups], dtype=np.float64)
-        if self.weight_kind == "repeat":
-            return sums.astype(np.int64)
-        edges = np.cumsum(sums)
-        counts = np.zeros(len(sums), dtype=np.int64)
-        total = int(self.places.starts[-1])
-        key = stream_key(self.seed, self.epoch, _DRAWS)
-        for start in range(0, total, CHUNK):
-            uniform = _uniform(key, start, min(start + CHUNK, total))
-            counts += np.bincount(_drawn(edges, uniform), minlength=len(sums))
-        return counts
+    def _ends(self) -> list[Int64[ndarray, " g"]]:
+        """For each stage, the first visit of each group of positions, and the number of visits."""
+        counts = [self._visits.counts(stage) for stage in range(self._visits.stages)]
+        return [np.concatenate([[0], np.cumsum(c)]).astype(np.int64) for c in counts]
 
-    def _expand(self, group: int) -> Int64[ndarray, " n"]:
-        """Return the group's positions, sorted, each as often as it is visited."""
-        weights = self._weights(group)
-        first = int(self.places.starts[group])
-        if self.weight_kind == "repeat":
-            return first + np.repeat(np.arange(len(weights)), weights.astype(np.int64))
-        key = stream_key(self.seed, self.epoch, _WITHIN, group)
-        uniform = _uniform(key, 0, int(self._counts[group]))
-        return first + np.sort(_drawn(np.cumsum(weights), uniform))
-
-    def _weights(self, group: int) -> Float64[ndarray, " n"]:
-        return self.places.group(group).weight.astype(np.float64)
-
-
-def _uniform(key: int, start: int, stop: int) -> Float64[ndarray, " n"]:
-    """Return draws start..stop-1, uniform in [0, 1)."""
-    bits = keyed64(key, np.arange(start, stop, dtype=np.int64))
-    return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _drawn(edges: Float64[ndarray, " g"], uniform: Float64[ndarray, " n"]) -> Int64[ndarray, " n"]:
-    """Return the index that each draw hits, in proportion to the steps of `edges`."""
-    last = np.searchsorted(edges, edges[-1])  # never land on zero weights at the end
-    hit = np.searchsorted(edges, uniform * edges[-1], side="right")
-    return np.asarray(np.minimum(hit, last), dtype=np.int64)
+    @cached_property
+    def _begins(self) -> Int64[ndarray, " s"]:
+        """The first place of each stage, and the number of places."""
+        return np.concatenate([[0], np.cumsum([ends[-1] for ends in self._ends])]).astype(np.int64)

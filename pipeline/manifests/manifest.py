@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
     import ray.data
 
+    from curate.pipeline.manifests.schedules import Schedule
     from curate.pipeline.manifests.torch_rows import TorchRows
 
 FORMAT, VERSION, NAME = "curate.manifest", 1, "manifest.json"
@@ -142,6 +143,13 @@ class Manifest:
     def weight_kind(self) -> WeightKind:
         kind: WeightKind = self.content["weight_kind"]
         return kind
+
+    @property
+    def schedule(self) -> "Schedule | None":
+        """What says which rows each epoch shows; None where every epoch shows all."""
+        from curate.pipeline.manifests.schedules import read_schedule
+
+        return read_schedule(self.content["schedule"], self.weight_kind)
 
     @property
     def parts(self) -> list[str]:

@@ -44,6 +44,14 @@ class Places(Protocol):
 
     def group(self, index: int) -> Placed: ...
 
+    def column(self, index: int, name: str) -> ndarray:
+        """Return a further column of the group: `rank` or `group`, whole numbers.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        ...
+
 
 def placed(places: Places, start: int, stop: int) -> Iterator[Placed]:
     """Yield positions [start, stop), one piece per group that they touch."""
@@ -71,6 +79,9 @@ class CorpusPlaces:
         ones = np.ones(len(positions), dtype=np.float32)
         return Placed(shard.astype(np.int32), positions - self._first[shard], ones)
 
+    def column(self, index: int, name: str) -> ndarray:
+        raise ValueError(f"a whole corpus has no column {name!r} as a selection may have")
+
 
 class PartPlaces:
     """The rows in a manifest's parts, a few decoded row groups at a time."""
@@ -89,6 +100,13 @@ class PartPlaces:
 
     def group(self, index: int) -> Placed:
         return self._cache.get(index, self._decode)
+
+    def column(self, index: int, name: str) -> ndarray:
+        part, row_group = self._groups[index]
+        with open_parquet(self._folder, part) as file:
+            if name not in file.schema_arrow.names:
+                raise ValueError(f"{self._folder.uri}/{part} has no column {name!r}; select again")
+            return np.asarray(file.read_row_group(row_group, [name]).column(0).to_numpy())
 
     def _decode(self, index: int) -> Placed:
         part, row_group = self._groups[index]

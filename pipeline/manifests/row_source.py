@@ -1,6 +1,7 @@
 """The rows of a selection, or of a whole corpus, by position."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from curate.pipeline.manifests.places import (
 
 if TYPE_CHECKING:
     from curate.pipeline.manifests.manifest import Manifest
+    from curate.pipeline.manifests.schedules import Schedule
     from curate.pipeline.reading.corpus import Corpus
 
 BLOCK = 4096
@@ -47,6 +49,7 @@ class RowSource:
         columns: Sequence[str] | None = None,
         weight_kind: str = "none",
         cache_bytes: int = CACHE_BYTES,
+        schedule: "Schedule | None" = None,
     ) -> None:
         if unknown := sorted(set(columns or ()) - set(corpus.schema.names)):
             have = ", ".join(corpus.schema.names)
@@ -54,11 +57,12 @@ class RowSource:
                 f"the corpus {corpus.uri} has no column {unknown[0]!r}; it has: {have}"
             )
         self.corpus, self.places, self.weight_kind = corpus, places, weight_kind
+        self.schedule = schedule
         self.columns = list(corpus.schema.names if columns is None else columns)
         self.cache_bytes = cache_bytes
         self._blocks: Recent[int, pa.Table] = Recent(cache_bytes, lambda t: int(t.nbytes))
         self._all: pa.Table | None = None
-        self._plan = EpochPlan(places, weight_kind, 0, 0, BLOCK)
+        self._plan = EpochPlan(places, weight_kind, 0, 0, BLOCK, schedule)
 
     @classmethod
     def of_corpus(cls, corpus: "Corpus", columns: Sequence[str] | None = None) -> "RowSource":
@@ -69,14 +73,17 @@ class RowSource:
     def of_manifest(cls, manifest: "Manifest", columns: Sequence[str] | None = None) -> "RowSource":
         """Return the source of the selected rows with their weights."""
         places = PartPlaces(manifest.folder, manifest.parts)
-        return cls(manifest.corpus, places, columns, manifest.weight_kind)
+        kind, schedule = manifest.weight_kind, manifest.schedule
+        return cls(manifest.corpus, places, columns, kind, schedule=schedule)
 
     def __len__(self) -> int:
         return int(self.places.starts[-1])
 
     def __getstate__(self) -> dict[str, object]:
         fresh = Recent[int, pa.Table](self.cache_bytes, lambda t: int(t.nbytes))
-        state = {**self.__dict__, "_blocks": fresh, "_all": None}  # rows are read again, not sent
+        plan = replace(self._plan)  # without what it has found out so far
+        # Rows are read again, not sent.
+        state = {**self.__dict__, "_blocks": fresh, "_all": None, "_plan": plan}
         state.pop("_is_small", None)
         return state
 
@@ -90,9 +97,10 @@ class RowSource:
 
     def plan(self, seed: int, epoch: int) -> EpochPlan:
         """Return which positions this epoch visits, in what order; weights of kind `sampling`
-        and `repeat` decide how often a position occurs."""
+        and `repeat`, or the schedule, decide how often a position occurs."""
         if (self._plan.seed, self._plan.epoch) != (seed, epoch):
-            self._plan = EpochPlan(self.places, self.weight_kind, seed, epoch, BLOCK)
+            kind, schedule = self.weight_kind, self.schedule
+            self._plan = EpochPlan(self.places, kind, seed, epoch, BLOCK, schedule)
         return self._plan
 
     def preload(self) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from curate.pipeline.manifests import epoch as epoch_module
 from curate.pipeline.manifests import row_source
+from curate.pipeline.manifests import visits as visits_module
 from curate.pipeline.manifests.epoch import EpochPlan
 from curate.pipeline.manifests.loader import RowSource, load_manifest, order
 from curate.pipeline.manifests.manifest import write_manifest, write_parts
@@ -205,7 +205,7 @@ class TestWeights:
         assert max(Counter(source.plan(0, 0).positions(0, 300).tolist()).values()) > 1
 
     def test_sampling_over_several_groups_is_one_multinomial(self, monkeypatch):
-        monkeypatch.setattr(epoch_module, "CHUNK", 7)
+        monkeypatch.setattr(visits_module, "CHUNK", 7)
 
         class Groups:
             starts = np.array([0, 10, 25, 30])
