@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from curate.kernels.launch import uses_triton
 from curate.kernels.online_softmax import (
     IGNORE,
     LOG2E,
@@ -26,6 +27,7 @@ from curate.kernels.online_softmax import (
     TokenStatistics,
     TokenSums,
 )
+from curate.kernels.softmax_tiles import exponentials, partial_sums, totals
 
 __all__ = [
     "IGNORE",
@@ -72,7 +74,11 @@ def token_sums(
 
     Without statistics only the first three mean anything. Carries no gradient.
     """
-    flat, target = logits.detach().reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    flat, target = rows_of(logits.detach()), targets.reshape(-1).contiguous()
+    if uses_triton(flat):
+        values, index = totals(partial_sums(flat, target), target)
+        shaped = values.view(len(values), *targets.shape)
+        return TokenSums(*shaped[: len(TokenSums._fields) - 1], index.view(targets.shape))
     dtype = float_of(logits)
     out = torch.zeros(len(TokenSums._fields) - 1, target.numel(), dtype=dtype, device=logits.device)
     argmax = torch.zeros_like(target)
@@ -83,7 +89,7 @@ def token_sums(
         here, ignored = rows.stop - start, target[rows] == IGNORE
         online = OnlineSoftmax(target[rows].masked_fill(ignored, 0), wants_statistics)
         online.add(z[:here].copy_(flat[rows]), (weights if wants_statistics else z)[:here])
-        sums = online.sums()
+        sums, _ = online.sums()
         for column, value in zip(out, sums[:-1], strict=True):
             column[rows] = value.masked_fill(ignored, 0.0)
         argmax[rows] = sums.argmax.masked_fill(ignored, 0)
@@ -124,8 +130,8 @@ class _Identity:
     @staticmethod
     def of(x: Tensor) -> "_Identity":
         version = -1 if x.is_inference() else x._version
-        storage = StorageWeakRef(x.untyped_storage())
-        return _Identity(storage, version, x.storage_offset(), tuple(x.shape), x.stride())
+        storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        return _Identity(storage, version, int(x.storage_offset()), tuple(x.shape), x.stride())
 
 
 _ACTIVE: ContextVar[Gathered | None] = ContextVar("gathered", default=None)
@@ -163,9 +169,12 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, targets, e_y, lse = ctx.saved_tensors
-        flat, target = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        seed, e_y, lse = grad.reshape(-1), e_y.reshape(-1), lse.reshape(-1)
+        flat, target = rows_of(logits), targets.reshape(-1).contiguous()
+        seed, e_y, lse = grad.reshape(-1).contiguous(), e_y.reshape(-1), lse.reshape(-1)
         error = flat.new_empty(flat.shape)
+        if uses_triton(flat):
+            exponentials(flat, target, lse, e_y, error, seed=seed)
+            return error.view(logits.shape), None
         chunk = chunk_rows(flat)
         is_direct = flat.dtype == lse.dtype
         for start in range(0, len(flat), chunk):
@@ -182,6 +191,12 @@ class _CrossEntropy(torch.autograd.Function):
             if not is_direct:
                 error[rows] = e
         return error.view(logits.shape), None
+
+
+def rows_of(logits: Float[Tensor, "*t c"]) -> Float[Tensor, "n c"]:
+    """Return the logits as one row per token, the classes of a token side by side."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def float_of(logits: Tensor) -> torch.dtype:

@@ -32,6 +32,21 @@ class Tile:
     """Room for n * w elements"""
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a @ b (of matrices, or of batches of them), added up and kept in float32 or more."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.matmul(a, b, out=out)
+    matmul = torch.bmm if a.dim() == 3 else torch.mm
+    if out is None:
+        return matmul(a, b, out_dtype=torch.float32)
+    return matmul(a, b, out_dtype=torch.float32, out=out)
+
+
+def multiplies_16_bits(device: torch.device) -> bool:
+    """Return whether `multiply` takes 16-bit factors: torch 2.8 and CUDA."""
+    return device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype")
+
+
 class Readout(ABC):
     """Something that is added up over tiles."""
 
@@ -56,15 +71,19 @@ class Product(Readout):
     def add(self, tile: Tile) -> None:
         matrix = self._rows(tile.classes)
         if self._sum is None:
-            self._sum = tile.e @ matrix
+            self._sum = multiply(tile.e, matrix)
             return
         if tile.factor is not None:
             self._sum.mul_(tile.factor[:, None])
-        self._sum.addmm_(tile.e, matrix)
+        if self._sum.dtype == matrix.dtype:
+            self._sum.addmm_(tile.e, matrix)
+        else:
+            self._sum += multiply(tile.e, matrix)
 
     def finish(self, scale: Float[Tensor, " n"], e_y: Float[Tensor, " n"]) -> Float[Tensor, "n c"]:
         assert self._sum is not None, "no tile was added"
-        return self._sum.mul_(scale[:, None]).addcmul_(e_y[:, None], self._of_targets())
+        own = self._of_targets().to(scale.dtype)
+        return self._sum.mul_(scale[:, None]).addcmul_(e_y[:, None], own)
 
 
 class Columns(Readout):
@@ -77,16 +96,18 @@ class Columns(Readout):
     def add(self, tile: Tile) -> None:
         (r, u), p = self._ids.shape, self._targets.shape[1]
         e = tile.e.view(r, p, -1)
+        dtype = torch.promote_types(e.dtype, torch.float32)
         if tile.is_whole:
-            self._sum = e.gather(2, self._ids[:, None].expand(r, p, u)).mT
+            self._sum = e.gather(2, self._ids[:, None].expand(r, p, u)).mT.to(dtype)
             return
         if self._sum is None:
-            self._sum = e.new_zeros(r, u, p)
+            self._sum = e.new_zeros(r, u, p, dtype=dtype)
         elif tile.factor is not None:
             self._sum.mul_(tile.factor.view(r, 1, p))
         inside = (self._ids >= tile.classes.start) & (self._ids < tile.classes.stop)
         row, column = inside.nonzero(as_tuple=True)
-        self._sum[row, column] = e[row, :, self._ids[row, column] - tile.classes.start]
+        found = e[row, :, self._ids[row, column] - tile.classes.start]
+        self._sum[row, column] = found.to(dtype)
 
     def finish(
         self, scale: Float[Tensor, " n"], e_y: Float[Tensor, " n"]
@@ -110,12 +131,15 @@ class Gram(Readout):
         self._cross.add(tile)
         e = tile.e.view(*self._targets.shape, -1)
         if self._sum is None:
-            self._sum = torch.bmm(e, e.mT)
+            self._sum = multiply(e, e.mT)
             return
         if tile.factor is not None:
             factor = tile.factor.view(self._targets.shape)
             self._sum.mul_(factor[:, :, None]).mul_(factor[:, None, :])
-        self._sum.baddbmm_(e, e.mT)
+        if self._sum.dtype == e.dtype:
+            self._sum.baddbmm_(e, e.mT)
+        else:
+            self._sum += multiply(e, e.mT)
 
     def finish(
         self, scale: Float[Tensor, " n"], e_y: Float[Tensor, " n"]
@@ -141,19 +165,21 @@ class Dots(Readout):
         directions: Float[Tensor, "m v d"],
     ) -> None:
         self._hidden, self._targets, self._directions = hidden, targets, directions
-        self._sum = hidden.new_zeros(len(hidden), len(directions))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self._sum = hidden.new_zeros(len(hidden), len(directions), dtype=dtype)
 
     def add(self, tile: Tile) -> None:
         if tile.factor is not None:
             self._sum.mul_(tile.factor[:, None])
         products = tile.spare[: tile.e.numel()].view_as(tile.e)
         for m, direction in enumerate(self._directions):
-            torch.mm(self._hidden, direction[tile.classes].to(products.dtype).T, out=products)
-            self._sum[:, m] += torch.linalg.vecdot(tile.e, products)
+            matrix = direction[tile.classes].to(self._hidden.dtype)
+            multiply(self._hidden, matrix.T, out=products)
+            self._sum[:, m] += products.mul_(tile.e).sum(1)
 
     def finish(self, scale: Float[Tensor, " n"], e_y: Float[Tensor, " n"]) -> Float[Tensor, "n m"]:
         out = self._sum.mul_(scale[:, None])
         for m, direction in enumerate(self._directions):
             own = direction[self._targets].to(out.dtype)
-            out[:, m] += e_y * torch.linalg.vecdot(own, self._hidden)
+            out[:, m] += e_y * own.mul_(self._hidden).sum(1)
         return out

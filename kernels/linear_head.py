@@ -24,16 +24,26 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from curate.kernels.cross_entropy import active_gathering, token_cross_entropy
-from curate.kernels.grad_norm import accumulator, inner
-from curate.kernels.head_readouts import Columns, Dots, Gram, Product, Readout, Tile
+from curate.kernels.head_readouts import (
+    Columns,
+    Dots,
+    Gram,
+    Product,
+    Readout,
+    Tile,
+    multiplies_16_bits,
+    multiply,
+)
+from curate.kernels.launch import uses_triton
 from curate.kernels.online_softmax import (
     IGNORE,
     LOG2E,
     OnlineSoftmax,
     TokenStatistics,
-    TokenSums,
 )
 from curate.kernels.rademacher import Key, signs
+from curate.kernels.softmax_tiles import OnlineSoftmaxKernels
+from curate.kernels.summation import accumulator, inner
 
 # Elements of a tile of logits. CPU: logits and errors (4 MiB each) stay in the last-level cache.
 SCRATCH_CPU = 1 << 20
@@ -204,7 +214,7 @@ def head_sq_norm(
 def head_gram_sq_norm(
     gram: Float[Tensor, "b t t"], hidden: Float[Tensor, "b t d"], seeds: Float[Tensor, "b t"]
 ) -> Float[Tensor, " b"]:
-    """Return sum_{t, s} seed_t seed_s gram_ts (h_t . h_s), at least 0: ||sum_t seed_t e_t h_t^T||^2.
+    """Return sum_{t, s} seed_t seed_s gram_ts (h_t . h_s), not below 0.
 
     Tokens without an error (a zero on the diagonal) count as 0, whatever they hold.
     """
@@ -262,7 +272,7 @@ def _errors(
 
 @dataclass(frozen=True)
 class _Block:
-    """The target tokens of r rows, p places a row; a row with fewer leaves its last places empty."""
+    """The target tokens of r rows, p places each; a row with fewer leaves its last places empty."""
 
     rows: Int[Tensor, " r"]
     places: int
@@ -340,28 +350,35 @@ def _block_sums(
 ) -> dict[str, Tensor]:
     """Return the results of one block by the names of HeadSums; statistics by their own."""
     dtype = accumulator(hidden)
-    h, y = block.fill(hidden, dtype), targets.flatten()[block.index].clamp(min=0)
+    on_gpu = uses_triton(hidden, weight)
+    is_16_bit = on_gpu and hidden.dtype == weight.dtype and multiplies_16_bits(hidden.device)
+    h = block.fill(hidden, hidden.dtype if is_16_bit else dtype)
+    y = targets.flatten()[block.index].clamp(min=0)
     wants_spread = wants.statistics or (wants.aligned and not wants.hidden_grad)
-    online = OnlineSoftmax(y, wants_spread)
+    online = OnlineSoftmaxKernels(y, h.dtype) if on_gpu else OnlineSoftmax(y, wants_spread)
     readouts = _readouts(h, weight, bias, y, block, wants)
     tiles = size.tiles(len(weight), len(y))
     room = len(y) * (tiles[0].stop - tiles[0].start)
-    buffers = h.new_empty(1 + (wants_spread or wants.directions is not None), room)
+    # A second buffer where E may not take the place of the logits.
+    is_shared = h.dtype == dtype and not wants_spread and wants.directions is None
+    spare = h.new_empty(room, dtype=dtype)
+    weights = spare if is_shared else h.new_empty(room)
     for classes in tiles:
         shape = len(y), classes.stop - classes.start
-        z, e = (x[: shape[0] * shape[1]].view(shape) for x in (buffers[0], buffers[-1]))
+        z, e = (x[: shape[0] * shape[1]].view(shape) for x in (spare, weights))
         logits(h, weight, bias, classes, out=z)
         factor = online.add(z, e, classes.start)
-        tile = Tile(classes, len(tiles) == 1, e, factor, buffers[0])
+        tile = Tile(classes, len(tiles) == 1, e, factor, spare)
         for readout in readouts.values():
             readout.add(tile)
-    sums = online.sums()
-    scale = (online.shift - sums.lse).exp().to(dtype)
-    e_y = sums.error_target.to(dtype)
-    out = {name: readout.finish(scale, e_y) for name, readout in readouts.items()}
-    if wants.aligned:
-        out["aligned"] = _aligned(h, out, online, sums, bias, y)
-    out |= {name: value.to(dtype) for name, value in sums._asdict().items()}
+    sums, scale = online.sums()
+    scale, e_y = scale.to(dtype), sums.error_target.to(dtype)
+    out = {name: value.to(dtype) for name, value in sums._asdict().items()}
+    out |= {name: readout.finish(scale, e_y) for name, readout in readouts.items()}
+    if wants.hidden_grad:
+        out["aligned"] = (out["hidden_grad"] * h).sum(1)
+    elif "bias" in out:
+        out["aligned"] = out["aligned"] - out["bias"][:, 0]
     return out | {"error_sq": sums.el2n.square().to(dtype)}
 
 
@@ -372,12 +389,14 @@ def logits(
     classes: slice,
     out: Float[Tensor, "n w"],
 ) -> None:
-    """Write the logits of some classes, multiplied and added up in the dtype of `out`."""
-    w = weight[classes].to(out.dtype)
-    if bias is None:
-        torch.mm(h, w.T, out=out)
-    else:
+    """Write the logits of some classes, added up in float32 (float64)."""
+    w = weight[classes].to(h.dtype)
+    if bias is not None and h.dtype == out.dtype:
         torch.addmm(bias[classes].to(out.dtype), h, w.T, out=out)
+        return
+    multiply(h, w.T, out=out)
+    if bias is not None:
+        out.add_(bias[classes])
 
 
 def _readouts(
@@ -413,24 +432,6 @@ def _readouts(
     if wants.directions is not None:
         readouts["dots"] = Dots(h, y, wants.directions)
     return readouts
-
-
-def _aligned(
-    h: Tensor,
-    out: dict[str, Tensor],
-    online: OnlineSoftmax,
-    sums: TokenSums,
-    bias: Tensor | None,
-    y: Tensor,
-) -> Tensor:
-    """Return e^T W h: from e W if it is there, else from the logits."""
-    if "hidden_grad" in out:
-        return torch.linalg.vecdot(out["hidden_grad"], h)
-    # The errors add up to 0, so the logits may be shifted: no digits are lost to their mean.
-    scale = (online.shift - sums.lse).exp()
-    inner = scale * online.spread + sums.error_target * (online.target_logit - online.shift)
-    inner = inner.to(h.dtype)
-    return inner if bias is None else inner - out["bias"][:, 0]
 
 
 class _Results:

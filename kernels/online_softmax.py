@@ -52,6 +52,8 @@ class TokenSums(NamedTuple):
     correct: Tensor
     sq_prob: Tensor
     """||p||^2"""
+    aligned: Tensor
+    """sum_k e_k z_k"""
     argmax: Tensor
     """The first of the largest logits (int64)"""
 
@@ -124,8 +126,11 @@ class OnlineSoftmax:
         self.target_logit = torch.where(inside, found.double(), self.target_logit)
         z.scatter_(1, place, torch.where(inside, -torch.inf, found)[:, None])
 
-    def sums(self) -> TokenSums:
-        """Return what the tiles so far add up to, in float64; statistics 0 where not wanted."""
+    def sums(self) -> tuple[TokenSums, Float[Tensor, " n"]]:
+        """Return what the tiles so far add up to, and the scale of E, in float64.
+
+        The statistics mean nothing where they are not wanted.
+        """
         z_y, shift = self.target_logit, self.shift
         others = self.total.log() + shift
         gap = z_y - others
@@ -137,7 +142,9 @@ class OnlineSoftmax:
         surprise = scale * ((lse - shift) * self.total - self.spread)
         margin = z_y - self.top
         is_first = (margin > 0) | ((margin == 0) & (self._targets < self.top_index))
-        return TokenSums(
+        # The errors add up to 0, so the logits may be shifted: no digits are lost to their mean.
+        aligned = scale * self.spread + e_y * (z_y - shift)
+        sums = TokenSums(
             loss=loss,
             error_target=e_y,
             lse=lse,
@@ -146,8 +153,10 @@ class OnlineSoftmax:
             margin=margin,
             correct=is_first.double(),
             sq_prob=sq_rest + p_y.square(),
+            aligned=aligned,
             argmax=torch.where(is_first, self._targets, self.top_index),
         )
+        return sums, scale
 
 
 def first_max(z: Float[Tensor, "n w"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
@@ -159,7 +168,7 @@ def first_max(z: Float[Tensor, "n w"]) -> tuple[Float[Tensor, " n"], Int[Tensor,
     if main <= _BLOCK:
         top, at = z.max(1)
         return top, at
-    blocks = z[:, :main].unflatten(1, (-1, _BLOCK))
+    blocks = z[:, :main].view(len(z), -1, _BLOCK)
     _, block = blocks.amax(2).max(1)
     top, at = blocks.take_along_dim(block[:, None, None], 1).squeeze(1).max(1)
     at = at + block * _BLOCK
