@@ -3,8 +3,11 @@
 Shapes: K checkpoints (all seeds), B rows of a batch.
 """
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +18,7 @@ from curate.pipeline.models.checkpoint import load_model, load_weights
 from curate.pipeline.scoring.work import Work, model_signals
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.engine import Engine, EngineError
+from curate.scorers.memory import is_out_of_memory
 from curate.scorers.protocol import Batch, Signal
 
 T = TypeVar("T")
@@ -51,6 +55,8 @@ class SignalPass:
             self.wanted |= {Signal("tokens")}
         self.engines: list[Engine] = []
         self._states: list[dict[str, Tensor]] = []
+        self._probed: Batch | None = None
+        self._may_recompute: bool | None = None
         if self.wanted:
             self._load()
 
@@ -66,7 +72,7 @@ class SignalPass:
             EngineError: a parameter's gradient cannot be got right.
             ValueError: the task's outputs lack what a signal is made of.
         """
-        moved = batch.to(self.device)
+        self._probed, moved = batch, self._moved(batch)
         for engine in self.engines:
             engine.verify(moved)
         # What the outputs lack is said now, before rows are blamed for it; one row always fits.
@@ -78,13 +84,14 @@ class SignalPass:
         """Return each batch's signals at all checkpoints, or what it raised.
 
         `begin(i)` is called before batch i reaches a model. A batch that raises is left out at the
-        checkpoints that follow.
+        checkpoints that follow. A row that does not fit in memory alone is tried once more with its
+        activations made twice instead of kept.
 
         Raises:
             EngineError: the engine, not the batch, is at fault.
             DeviceLost: the device needs a new process.
         """
-        moved = [_guarded(partial(batch.to, self.device)) for batch in batches]
+        moved = [_guarded(partial(self._moved, batch)) for batch in batches]
         found: list[list[dict[Signal, Tensor]] | Exception] = [
             b if isinstance(b, Exception) else [] for b in moved
         ]
@@ -95,18 +102,66 @@ class SignalPass:
                 if isinstance(so_far, Exception) or isinstance(batch, Exception):
                     continue
                 begin(i)
-                reading = _guarded(partial(engine, batch))
+                reading = self._reading(engine, batch)
                 if isinstance(reading, Exception):
                     found[i] = reading
                 else:
                     so_far.append(reading)
-        return self._collect(found)
+        collected = _guarded(partial(self._collect, found))
+        if isinstance(collected, Exception):
+            raise collected
+        return collected
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the rows' losses at the first checkpoint, [B] on the CPU; nothing else is run."""
         self._at(0)
         with torch.no_grad():
-            return self.task.outputs(self.model, batch.to(self.device)).loss.float().cpu()
+            return self.task.outputs(self.model, self._moved(batch)).loss.float().cpu()
+
+    def _moved(self, batch: Batch) -> Batch:
+        """Return the batch on the device; from a GPU's view on its way there."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+
+        def sent(x: Tensor) -> Tensor:
+            # From pinned memory: the CPU goes on at once, and what uses the copy comes after it.
+            return x.pin_memory().to(self.device, non_blocking=True)
+
+        return replace(
+            batch,
+            inputs={name: sent(x) for name, x in batch.inputs.items()},
+            targets=sent(batch.targets),
+            row_ids=None if batch.row_ids is None else sent(batch.row_ids),
+            weights=None if batch.weights is None else sent(batch.weights),
+        )
+
+    def _reading(self, engine: Engine, batch: Batch) -> dict[Signal, Tensor] | Exception:
+        found = _guarded(partial(engine, batch))
+        if not isinstance(found, OutOfMemory) or batch.rows > 1 or not engine.differentiates:
+            return found
+        if self._may_recompute is None:
+            self._may_recompute = self._recomputes_right(engine)
+        if not self._may_recompute:
+            return found
+        log.info("a row does not fit in memory; its activations are made twice instead of kept")
+        with _recomputing(engine):
+            return _guarded(partial(engine, batch))
+
+    def _recomputes_right(self, engine: Engine) -> bool:
+        """Tell whether the rows of the probe give the same with their activations made twice."""
+        if self._probed is None:
+            return True
+        once = _guarded(partial(engine, self._moved(self._probed)))
+        with _recomputing(engine):
+            twice = _guarded(partial(engine, self._moved(self._probed)))
+        if isinstance(once, Exception) or isinstance(twice, Exception):
+            log.warning("activations are not made twice: %s", twice)
+            return False
+        # The same to the bit on a CPU; a GPU may add in another order, in half precision too.
+        same = [torch.allclose(twice[s], once[s], rtol=1e-2, equal_nan=True) for s in once]
+        if not all(same):
+            log.warning("activations are not made twice: the model gives other signals then")
+        return all(same)
 
     def _load(self) -> None:
         first, *rest = self.work.checkpoints
@@ -134,7 +189,9 @@ class SignalPass:
             return self.engines[k]
         if self._loaded != k:
             if self._states:
-                self.model.load_state_dict(self._states[k])
+                own = self.model.state_dict()
+                for name, values in self._states[k].items():
+                    own[name].copy_(values, non_blocking=True)
             else:
                 load_weights(self.model, self.work.checkpoints[k])
             self._loaded = k
@@ -143,20 +200,31 @@ class SignalPass:
     def _collect(
         self, found: list[list[dict[Signal, Tensor]] | Exception]
     ) -> list[Reading | Exception]:
-        """Bring all signals to the CPU at once: one transfer per signal, not one per batch."""
+        """Bring everything to the CPU at once: a transfer waits for all that was launched."""
         good = [f for f in found if not isinstance(f, Exception)]
         if not good:
             return [f for f in found if isinstance(f, Exception)]
-        signals: dict[Signal, list[Tensor]] = {}
-        for signal in self.wanted:
-            columns = [torch.stack([at[signal].float() for at in batch]) for batch in good]
-            sizes = [c.shape[1] for c in columns]
-            together = torch.cat(columns, 1).double().cpu()
-            signals[signal] = list(torch.split(together, sizes, dim=1))
+        wanted = sorted(self.wanted)
+        columns = [
+            torch.stack([torch.stack([at[signal].float() for signal in wanted]) for at in batch])
+            for batch in good
+        ]  # [K, signals, B] each
+        sizes = [c.shape[2] for c in columns]
+        together = torch.cat(columns, 2).cpu().double()
         readings = iter(
-            {signal: columns[j] for signal, columns in signals.items()} for j in range(len(good))
+            {signal: part[:, i] for i, signal in enumerate(wanted)}
+            for part in torch.split(together, sizes, dim=2)
         )
         return [f if isinstance(f, Exception) else next(readings) for f in found]
+
+
+@contextmanager
+def _recomputing(engine: Engine) -> Iterator[None]:
+    engine.recompute = True
+    try:
+        yield
+    finally:
+        engine.recompute = False
 
 
 def _guarded(call: Callable[[], T]) -> T | Exception:
@@ -165,14 +233,31 @@ def _guarded(call: Callable[[], T]) -> T | Exception:
         return call()
     except EngineError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return OutOfMemory(str(error).partition("\n")[0])
     except Exception as error:  # whatever a task or model raises is its row's fault until shown
-        text = str(error)
-        if isinstance(error, torch.AcceleratorError) or "device-side assert" in text:
-            raise DeviceLost(text.partition("\n")[0]) from None
-        if "can't allocate memory" in text or "not enough memory" in text:
-            return OutOfMemory(text.partition("\n")[0])
-        return error
+        found = _judged(error)
+    # Not before the error is gone: its frames hold what filled the memory.
+    if isinstance(found, OutOfMemory):
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+    return found
+
+
+def _judged(error: Exception) -> Exception:
+    """Return the error without its frames, or what it means.
+
+    Raises:
+        DeviceLost: whatever it says, the device does not answer any more.
+    """
+    said = str(error).partition("\n")[0]
+    if is_out_of_memory(error):
+        return OutOfMemory(said)
+    if isinstance(error, torch.AcceleratorError) or "device-side assert" in str(error):
+        raise DeviceLost(said) from None
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:  # a library or kernel may have its own words for a fault that has no cure
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            raise DeviceLost(f"{lost}".partition("\n")[0]) from None
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
