@@ -22,9 +22,5 @@ class Keep(Choice):
     direction: Literal["high", "low"]
     drop_top: float | int = 0
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.by})
-
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         return self.choose(by_score(table, self.by, self.direction), budget, self.drop_top)

@@ -5,7 +5,7 @@ that a stored seed means the same rows for ever.
 """
 
 import numpy as np
-from jaxtyping import Int, UInt32, UInt64
+from jaxtyping import Float64, Int, UInt32, UInt64
 from numpy import ndarray
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -39,11 +39,22 @@ def keyed64(key: int, ids: Int[ndarray, " n"]) -> UInt64[ndarray, " n"]:
     return mix64(ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
 
 
+def row_bits(
+    key: int, shards: Int[ndarray, " n"], rows: Int[ndarray, " n"]
+) -> UInt64[ndarray, " n"]:
+    """Return 64 random bits per (shard, row)."""
+    by_shard = keyed64(key, shards)
+    return mix64(by_shard + rows.astype(np.uint64) * np.uint64(_GOLDEN))
+
+
 def row_keys(
     key: int, shards: Int[ndarray, " n"], rows: Int[ndarray, " n"]
 ) -> UInt32[ndarray, " n"]:
     """Return 32 random bits per (shard, row)."""
-    by_shard = keyed64(key, shards)
-    return (mix64(by_shard + rows.astype(np.uint64) * np.uint64(_GOLDEN)) >> np.uint64(32)).astype(
-        np.uint32
-    )
+    return (row_bits(key, shards, rows) >> np.uint64(32)).astype(np.uint32)
+
+
+def exponentials(bits: UInt64[ndarray, " n"]) -> Float64[ndarray, " n"]:
+    """Return exponentially distributed numbers of mean 1, never 0, one for each 64 random bits."""
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.asarray(-np.log1p(-uniform))

@@ -1,7 +1,7 @@
 """A score table as a selection method sees it: who may be chosen, in what order, of which group."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -56,25 +56,37 @@ class Ordering:
     include_errors: bool = False
     passes: Callable[[pa.RecordBatch], "Bool[ndarray, ' n']"] | None = None
     """Which rows may be chosen at all; None: all."""
-    without: "First | None" = None
-    """Rows at the front of the order that are left out."""
+    without: "tuple[Exclusion, ...]" = ()
+    """Rows that are left out, each of those that the ones before it leave."""
 
     def scan(self, carry: tuple[str, ...] = ()) -> Iterator[Candidates]:
         """Yield the candidates, reading the table once; `carry` columns come along."""
         groups = self.groups()
-        left_out = None if self.without is None else self.without.mask()
+        left_out = [exclusion.mask() for exclusion in self.without]
         for batch in self.table.scan(self._columns(carry)):
             rows = self._candidates(batch, groups)
-            if left_out is not None:
-                ones = Candidates(rows.batch, rows.key, rows.group, np.ones_like(rows.size))
-                rows = rows.where(~left_out(ones))
+            for is_out in left_out:
+                rows = rows.where(~is_out(rows.batch))
             if len(rows.key):
                 yield rows
 
+    def sizes(self, batch: pa.RecordBatch) -> Int64[ndarray, " n"]:
+        """Return what each row takes from the budget: 1, or its tokens."""
+        if not self.by_tokens:
+            return np.ones(batch.num_rows, dtype=np.int64)
+        tokens = batch.column("tokens").cast(pa.int64()).fill_null(0)
+        return np.asarray(tokens.to_numpy(zero_copy_only=False))
+
+    def but(self, *out: "Exclusion") -> "Ordering":
+        """Return this order without those rows."""
+        return replace(self, without=(*self.without, *out))
+
     def _columns(self, carry: tuple[str, ...]) -> list[str]:
         wanted = {"shard", "row", *self.columns, *carry}
+        wanted |= {name for out in self.without for name in out.ordering.columns}
         wanted |= {"error"} if "error" in self.table.schema.names else set()
-        wanted |= {"tokens"} if self.by_tokens else set()
+        by_tokens = self.by_tokens or any(out.ordering.by_tokens for out in self.without)
+        wanted |= {"tokens"} if by_tokens else set()
         return [name for name in self.table.schema.names if name in wanted]
 
     def _candidates(self, batch: pa.RecordBatch, groups: Groups) -> Candidates:
@@ -87,13 +99,7 @@ class Ordering:
         key = self.keys(batch)
         if not self.include_errors and (unscored := key == UNSCORED).any():
             batch, key = batch.filter(pa.array(~unscored)), key[~unscored]
-        return Candidates(batch, key, groups(batch), self._sizes(batch))
-
-    def _sizes(self, batch: pa.RecordBatch) -> Int64[ndarray, " n"]:
-        if not self.by_tokens:
-            return np.ones(batch.num_rows, dtype=np.int64)
-        tokens = batch.column("tokens").cast(pa.int64()).fill_null(0)
-        return np.asarray(tokens.to_numpy(zero_copy_only=False))
+        return Candidates(batch, key, groups(batch), self.sizes(batch))
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,21 @@ class First:
             return np.asarray(marked)
 
         return inside
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Rows at the front of an order of the same table, which need not be the order they leave."""
+
+    front: First
+    ordering: Ordering
+
+    def mask(self) -> Callable[[pa.RecordBatch], Bool[ndarray, " n"]]:
+        """Return the function that marks them, for the batches of one scan in order."""
+        inside, groups, order = self.front.mask(), self.ordering.groups(), self.ordering
+        return lambda batch: inside(
+            Candidates(batch, order.keys(batch), groups(batch), order.sizes(batch))
+        )
 
 
 def _running(group: Int64[ndarray, " n"], size: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:

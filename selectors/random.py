@@ -22,10 +22,6 @@ class Random(Choice):
     the same seed is a subset. Scores are not looked at.
     """
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         return self.choose(Ordering(table, frozenset(), random_keys(rng)), budget)
 

@@ -13,7 +13,9 @@ from curate.selectors.protocol import Selector
 SELECTORS = {
     "balanced": "curate.selectors.balanced:Balanced",
     "bottom": "curate.selectors.bottom:Bottom",
+    "ccs": "curate.selectors.ccs:Ccs",
     "keep": "curate.selectors.keep:Keep",
+    "moderate": "curate.selectors.moderate:Moderate",
     "random": "curate.selectors.random:Random",
     "stratified": "curate.selectors.stratified:Stratified",
     "threshold": "curate.selectors.threshold:Threshold",

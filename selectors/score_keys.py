@@ -25,6 +25,12 @@ def sort_keys(
     return np.where(np.isnan(scores), np.uint32(UNSCORED), keys)
 
 
+def key_score(key: int) -> float:
+    """Return the score whose ascending key (first "low") this is; NaN for UNSCORED."""
+    bits = key ^ 0x80000000 if key >> 31 else key ^ 0xFFFFFFFF
+    return float("nan") if key == UNSCORED else float(np.uint32(bits).view(np.float32))
+
+
 def score_column(batch: pa.RecordBatch, name: str) -> Float32[ndarray, " n"]:
     """Return a column as float32, null as NaN. Wider columns are rounded to float32."""
     column = batch.column(name)

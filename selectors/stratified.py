@@ -1,12 +1,11 @@
 """Keep a random sample of every stratum of the score."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64, UInt32
+from jaxtyping import Int64
 from numpy import ndarray
 
 from curate.selectors.apportion import apportion
@@ -15,7 +14,8 @@ from curate.selectors.cut import find_cuts
 from curate.selectors.ordering import Candidates, Groups, Ordering
 from curate.selectors.protocol import Budget, Selection, Table
 from curate.selectors.random import random_keys
-from curate.selectors.score_keys import UNSCORED, score_column, sort_keys
+from curate.selectors.score_keys import score_column, sort_keys
+from curate.selectors.strata import Strata, equal_width
 from curate.selectors.window import by_score
 
 
@@ -27,7 +27,8 @@ class Stratified(Choice):
     (infinite scores belong to the outer strata). `edges="quantile"`: strata of equal size, equal
     scores split in corpus order. `shares="proportional"` gives each stratum its share of the
     rows, `"equal"` the same amount to each; both by largest remainder, and strata too small for
-    theirs give the rest to the others. Five scans of the table at most. No ranks.
+    theirs give the rest to the others. With `by_group` each group's budget is divided so among
+    the same strata of its rows. Five scans of the table at most. No ranks.
     """
 
     by: str
@@ -36,6 +37,7 @@ class Stratified(Choice):
     shares: Literal["proportional", "equal"] = "proportional"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.strata < 1:
             raise ValueError(f"strata must be at least 1, not {self.strata}")
         if self.edges not in ("width", "quantile"):
@@ -43,48 +45,19 @@ class Stratified(Choice):
         if self.shares not in ("proportional", "equal"):
             raise ValueError(f"shares must be proportional or equal, not {self.shares!r}")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.by})
-
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         scored = by_score(table, self.by, "low")
-        strata = self._by_width(scored) if self.edges == "width" else self._by_quantile(scored)
-        keys = random_keys(rng)
-
-        def scored_keys(batch: pa.RecordBatch) -> UInt32[ndarray, " n"]:
-            lacking = np.isnan(score_column(batch, self.by))
-            return np.where(lacking, np.uint32(UNSCORED), keys(batch))
-
-        ordering = Ordering(table, scored.columns, scored_keys, strata)
-        return self.choose_in_groups(ordering, budget, self._divide)
+        width = self.edges == "width"
+        strata = equal_width(scored, self.by, self.strata) if width else self._by_size(scored)
+        ordering, share = strata.sampled(scored, random_keys(rng), self._divide, self.budgets)
+        return self.choose_in_groups(ordering, budget, share)
 
     def _divide(self, totals: Int64[ndarray, " g"], amount: int) -> Int64[ndarray, " g"]:
         sizes = totals.tolist()
         shares = sizes if self.shares == "proportional" else [1] * len(sizes)
         return np.array(apportion(amount, shares, sizes), dtype=np.int64)
 
-    def _by_width(self, scored: Ordering) -> Callable[[], Groups]:
-        low, high = np.inf, -np.inf
-        for rows in scored.scan():
-            scores = score_column(rows.batch, self.by)
-            finite = scores[np.isfinite(scores)]
-            if len(finite):
-                low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-
-        def stratum(batch: pa.RecordBatch) -> Int64[ndarray, " n"]:
-            scores = score_column(batch, self.by).astype(np.float64)
-            if not high > low:  # one finite value at most
-                place = np.where(np.isposinf(scores), 1.0, 0.0)
-            else:
-                place = (scores - low) / (high - low)
-            inner = np.clip(np.nan_to_num(place, nan=0), 0, 1) * self.strata
-            found = np.minimum(inner.astype(np.int64), self.strata - 1)
-            return np.where(np.isnan(scores), self.strata, found)
-
-        return lambda: stratum
-
-    def _by_quantile(self, scored: Ordering) -> Callable[[], Groups]:
+    def _by_size(self, scored: Ordering) -> Strata:
         inner = range(1, self.strata)
         fronts, _ = find_cuts(scored, lambda n: [n * i // self.strata for i in inner])
 
@@ -102,4 +75,4 @@ class Stratified(Choice):
 
             return stratum
 
-        return fresh
+        return Strata(self.by, self.strata, fresh)

@@ -28,14 +28,11 @@ class Threshold(Choice):
     at_most: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.at_least is None and self.at_most is None:
             raise ValueError("threshold needs a limit: at_least=..., at_most=... or both")
         if np.isnan([x for x in (self.at_least, self.at_most) if x is not None]).any():
             raise ValueError("a threshold cannot be NaN")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.by})
 
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         first: Literal["high", "low"] = "low" if self.at_least is None else "high"

@@ -19,9 +19,5 @@ class Top(Choice):
     by: str
     drop_top: float | int = 0
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.by})
-
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         return self.choose(by_score(table, self.by, "high"), budget, self.drop_top)

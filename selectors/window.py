@@ -29,16 +29,13 @@ class Window(Choice):
     offset: float | int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.direction not in ("high", "low"):
             raise ValueError(f"direction must be high or low, not {self.direction!r}")
         if self.drop_top and self.offset:
             raise ValueError(
                 "drop_top counts from the hard end and offset from the lowest score; give one"
             )
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.by})
 
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         first = "low" if self.offset else self.direction
