@@ -28,6 +28,7 @@ from curate.kernels.summation import (
     chunks,
     dot,
     inner,
+    on_device,
     sum_partials,
     unit_of,
 )
@@ -43,34 +44,32 @@ def grad_dot(
     Accumulates in float32 (float64 for float64 factors), in the cheaper of two forms. Directions
     count with all their bits (of float32) whatever the dtype of the factors.
     """
-    _, _, t, o = left.shape
-    device = left.device.type
-    if cheaper_dot_form(t, o, right.shape[3], len(directions), device) == "product":
+    if cheaper_dot_form(left.shape[2], len(directions), left.device.type) == "product":
         return grad_dot_product(left, right, directions)
     dots = grad_tile_sums(left, right, directions=directions).dots
     assert dots is not None
     return dots
 
 
-# What the tiles form pays beside its multiplications for an element of G and each direction, and
-# for an element of G, in multiply-adds of a matrix product.
-DIRECTION_PASS, TILE_PASS = 12, 12
-# A GPU's, and the product form's for a multiplication (factors of 16 bits take two of tf32).
-# Estimated, not yet tuned on a device (2026-11-22).
-DIRECTION_PASS_GPU, TILE_PASS_GPU, PRODUCT_GPU = 128, 64, 4
+# What a direction costs in the product form (per token) and in the tiles form (a pass over V and
+# G), and a pass over G: in multiply-adds of a matrix product per element of G. MEASURED
+COSTS = (1.0, 12.0, 12.0)
+# A GPU's: factors of 16 bits take two products of tf32. Estimated, not yet tuned on a device
+# (2026-11-22).
+COSTS_GPU = (4.0, 128.0, 64.0)
 
 
-def cheaper_dot_form(
-    t: int, o: int, i: int, m: int, device: str = "cpu"
-) -> Literal["product", "tiles"]:
+def cheaper_dot_form(t: int, m: int, device: str = "cpu") -> Literal["product", "tiles"]:
     """Return the form that takes less time on a device type ("cpu", "cuda")."""
-    is_gpu = device == "cuda"
-    per_direction, once = (
-        (DIRECTION_PASS_GPU, TILE_PASS_GPU) if is_gpu else (DIRECTION_PASS, TILE_PASS)
-    )
-    product = m * t * (PRODUCT_GPU if is_gpu else 1)
-    tiles = t + once + m * per_direction
-    return "product" if product <= tiles else "tiles"
+    costs = COSTS_GPU if device == "cuda" else COSTS
+    return "product" if product_is_cheaper(t, m, *costs) else "tiles"
+
+
+def product_is_cheaper(
+    t: int, m: int, product: float, direction_pass: float, tile_pass: float
+) -> bool:
+    """Return whether the product form of m dots takes less time at these costs."""
+    return product * m * t <= t + tile_pass + m * direction_pass
 
 
 def grad_dot_product(
@@ -91,7 +90,7 @@ def grad_dot_product(
         for m in range(len(v)):
             # The smaller side is written, and read again.
             pair = (torch.bmm(x, v[m]), y) if i <= o else (torch.bmm(y, v[m].mT), x)
-            out[rows, m] = torch.linalg.vecdot(*pair).view(g, -1, t).sum((0, 2))
+            out[rows, m] = torch.linalg.vecdot(*pair).view(g, rows.stop - rows.start, t).sum((0, 2))
     return out
 
 
@@ -150,7 +149,7 @@ def _launch_product(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
     blocks = -(-s * t // config.blocks["ROWS"])
     unit = unit_of(left, right)
     sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
-    with torch.cuda.device_of(left):
+    with on_device(left):
         _product_kernel[(blocks * tiles * g * m,)](
             left, right, v, partials, s, g, t, tiles, blocks, *(n // unit for n in sizes),
             UNIT=unit, IS_HALF=left.element_size() == 2, PRECISION=precision(left),
@@ -217,7 +216,7 @@ def _launch_rows(x: Tensor, y: Tensor, index: Tensor | None, bias: Tensor | None
     strides = (*x.stride()[:2], y.stride(1) if index is None else y.stride(0), y.stride(2))
     unit = unit_of(x[None], y)
     out = x.new_empty(m * s, t, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _rows_kernel[(-(-s * t // ROWS.blocks["ROWS"]), m)](
             x, y, None if index is None else index.to(torch.int64).contiguous(),
             None if bias is None else bias.to(torch.float32).contiguous(),

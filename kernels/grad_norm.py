@@ -28,6 +28,7 @@ from curate.kernels.summation import (
     chunks,
     dot,
     inner,
+    on_device,
     sum_partials,
     unit_of,
 )
@@ -106,7 +107,8 @@ def grad_sq_norm_gram(
         squares = [
             torch.linalg.vector_norm(x, dim=(2, 3), dtype=dtype).square_() for x in (left, right)
         ]
-        return (squares[0] * squares[1]).sum(1)
+        product: Tensor = squares[0] * squares[1]
+        return product.sum(1)
     out = left.new_zeros(s, dtype=dtype)
     for rows in chunks(s, 2 * g * t * t):
         x, y = (x[rows].to(dtype).flatten(0, 1) for x in (left, right))
@@ -145,14 +147,14 @@ def _launch_gram(left: Tensor, right: Tensor, starts: Tensor | None, t: int) -> 
     unit = unit_of(left, right)
     if t == 1 and starts is None:
         sizes = (o, i, *left.stride()[:2], *right.stride()[:2])
-        with torch.cuda.device_of(left):
+        with on_device(left):
             _one_token_kernel[(-(-partials.numel() // ONE_TOKEN.blocks["ROWS"]),)](
                 left, right, partials, partials.numel(), g, *(n // unit for n in sizes),
                 UNIT=unit, **ONE_TOKEN.options,
             )  # fmt: skip
         return sum_partials(partials)
     sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
-    with torch.cuda.device_of(left):
+    with on_device(left):
         _gram_kernel[(partials.numel(),)](
             left, right, starts, partials, t, g, pairs, *(n // unit for n in sizes),
             PACKED=starts is not None, UNIT=unit,

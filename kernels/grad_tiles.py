@@ -28,6 +28,7 @@ from curate.kernels.summation import (
     chunks,
     dot,
     inner,
+    on_device,
     sum_partials,
     unit_of,
 )
@@ -157,12 +158,12 @@ def by_length(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (samples, left, right) of each length that there is, as [s, 1, t, ...]."""
     lengths = starts.diff()
-    for t in lengths.unique().tolist():
+    for t in sorted(set(lengths.tolist())):
         if t == 0:
             continue
         rows = (lengths == t).nonzero().squeeze(1)
-        if t * len(lengths) == len(left):  # all of one length: nothing is gathered
-            yield rows, left.unflatten(0, (-1, 1, t)), right.unflatten(0, (-1, 1, t))
+        if len(rows) == len(lengths):  # all of one length: nothing is gathered
+            yield rows, left.view(-1, 1, t, left.shape[1]), right.view(-1, 1, t, right.shape[1])
             return
         at = starts[rows, None] + torch.arange(t, device=starts.device)
         yield rows, left[at][:, None], right[at][:, None]
@@ -220,7 +221,7 @@ def _launch(
     if partials.numel() and t:
         unit = unit_of(left, right)
         sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
-        with torch.cuda.device_of(left):
+        with on_device(left):
             _tile_kernel[(tiles * samples,)](
                 left, right, starts, w, v, partials, samples, t, g, m, rows, columns,
                 *(n // unit for n in sizes), PACKED=starts is not None,
@@ -373,7 +374,10 @@ def _variant(
         **config.blocks,
     }  # fmt: skip
     # Triton makes a constant of an integer that is 1, as the number of groups is nearly always.
-    (constants if aligned else types)["g"] = 1 if aligned else "i32"  # type: ignore[index]
+    if aligned:
+        constants["g"] = 1
+    else:
+        types["g"] = "i32"
     given = (("p_starts", packed, "*i64"), ("p_weight", w, "*fp32"), ("p_directions", d, "*fp32"))
     for argument, is_given, kind in given:
         if is_given:

@@ -4,6 +4,7 @@ Shapes: s samples, n rows of p partial sums each.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -52,6 +53,11 @@ def addressable(x: Float[Tensor, "s g t k"]) -> Float[Tensor, "s g t k"]:
     return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which kernels are launched on x's GPU, be it the current one or not."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def unit_of(*tensors: Float[Tensor, "s g t k"]) -> int:
     """Return 16 where every row starts and ends on a multiple of 16 elements, else 1."""
     is_aligned = all(
@@ -77,7 +83,7 @@ def sum_partials(partials: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
     partials = partials.contiguous()
     out = partials.new_empty(n)
     if n:
-        with torch.cuda.device_of(partials):
+        with on_device(partials):
             grid = (-(-n // _BLOCKS["ROWS"]),)
             _sum_kernel[grid](partials, out, n, p, **_BLOCKS, num_warps=4)
     return out
