@@ -47,7 +47,7 @@ class Catcher:
     """Catches the calls of some modules during the main pass."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], anchor: Tensor) -> None:
-        found = {canonical_name(name): m for name, m in model.named_modules()}
+        found = {canonical_name(name): m for name, m in model.named_modules()} if names else {}
         self.modules = {name: found[name] for name in names}
         self.calls: dict[str, list[Caught]] = defaultdict(list)
         self._anchor = anchor
@@ -148,7 +148,7 @@ class Replay:
         if self.row_ids is None:
             sequences = list(torch.arange(self.rows, device=device)[:, None])
         else:
-            sequences = [(self.row_ids == r).nonzero().flatten() for r in range(self.rows)]
+            sequences = _by_row(self.row_ids, self.rows)
         for start in range(0, self.rows, step):
             grads = gradients(sequences[start : start + step])
             for (name, p), grad in zip(self.params.items(), grads, strict=True):
@@ -181,10 +181,8 @@ class Replay:
         own = {id(p): n for n, p in local.items()}
         params = {own[id(p)]: p.detach() for p in self.params.values()}
         total = [p.new_zeros(len(rows), *p.shape) for p in self.params.values()]
-        owner = torch.repeat_interleave(
-            torch.arange(len(rows), device=index.device),
-            torch.tensor([len(r) for r in rows], device=index.device),
-        )
+        owners = [i for i, sequences in enumerate(rows) for _ in range(len(sequences))]
+        owner = torch.tensor(owners, device=index.device)
         for call in self.catcher.calls[self.module]:
             if call.grads:
                 grads = self._one_by_one(module, call, index, params)
@@ -297,6 +295,14 @@ def _differentiable(params: Sequence[Tensor], copies: bool = True) -> Iterator[N
     finally:
         for p, flag in zip(params, flags, strict=True):
             p.requires_grad_(flag)
+
+
+def _by_row(row_ids: Tensor, rows: int) -> list[Tensor]:
+    """Return the sequences of each row: asked of the device once, not row by row."""
+    of_row: list[list[int]] = [[] for _ in range(rows)]
+    for sequence, row in enumerate(row_ids.tolist()):
+        of_row[row].append(sequence)
+    return [torch.tensor(found, dtype=torch.long, device=row_ids.device) for found in of_row]
 
 
 def _until_done(handles: list[RemovableHandle]) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """A model made ready for scoring, and put back as it was."""
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -45,44 +45,49 @@ def prepared(model: nn.Module, differentiable: Collection[str] = ()) -> Iterator
     no use of them, and a block that is run twice would meet its own. Training flags,
     `requires_grad` flags, compiled wrappers and `use_cache` are restored on leaving.
     """
+    modules = list(model.modules())
     wrapped = [
         (parent, name, child)
-        for parent in model.modules()
+        for parent in modules
         for name, child in parent._modules.items()
-        if child is not None and unwrapped(child) is not child
+        if child is not None and "_orig_mod" in child._modules
     ]
     for parent, name, child in wrapped:
         parent._modules[name] = unwrapped(child)
-    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl]
-    training = [(m, m.training) for m in model.modules()]
-    needed = [(p, p.requires_grad) for p in model.parameters()]
-    caching = _caching(model)
+    modules = list(model.modules()) if wrapped else modules
+    # Only what is not so already: this runs before every batch, over all modules of the model.
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl]
+    training = [m for m in modules if m.training]
+    flags = {p: name in differentiable for name, p in named_parameters(model).items()}
+    changed = [p for p, flag in flags.items() if p.requires_grad != flag]
+    caching = _caching(modules)
     try:
         for config in caching:
             config.use_cache = False
         for module, _ in compiled:
             module._compiled_call_impl = None
-        model.eval()
-        for name, p in named_parameters(model).items():
-            p.requires_grad_(name in differentiable)
+        if training:
+            model.eval()
+        for p in changed:
+            p.requires_grad_(flags[p])
         with _uncompiled():
             yield
     finally:
         for config in caching:
             config.use_cache = True
-        for p, flag in needed:
-            p.requires_grad_(flag)
-        for module, mode in training:
-            module.training = mode
+        for p in changed:
+            p.requires_grad_(not flags[p])
+        for module in training:
+            module.training = True
         for module, call in compiled:
             module._compiled_call_impl = call
         for parent, name, child in wrapped:
             parent._modules[name] = child
 
 
-def _caching(model: nn.Module) -> list[Any]:
+def _caching(modules: Iterable[nn.Module]) -> list[Any]:
     """Return the settings of Hugging Face models that ask for a cache, each once."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
     return [c for c in configs.values() if getattr(c, "use_cache", False) is True]
 
 
