@@ -81,18 +81,33 @@ def grad_sq_norm_packed(
     return sums.square
 
 
-# What a form costs beside its multiplications, in multiply-adds per element of scratch.
-# Measured by benchmarks/cost_model.py.
-GRAM_PASS, TILE_PASS = 32, 16
-# A GPU's: estimated, not yet tuned on a device (2026-11-22).
-GRAM_PASS_GPU, TILE_PASS_GPU = 0, 4
+# The share of both t x t matrices that symmetry leaves to multiply (smaller products are slower),
+# and a pass over an element of them, and of G: in multiply-adds of a matrix product. Measured by
+# benchmarks/cost_model.py on an AMD EPYC (AVX-512), one thread, float32, 2026-11-22: the form so
+# chosen takes 0.2 % longer than the faster one, in the mean over 90 shapes.
+COSTS = (0.75, 32.0, 2.0)
+# What starting and ending a block costs a GPU, in columns or tokens. Estimated, not yet measured
+# on a device (2026-11-22).
+BLOCK_COST_GPU = 64
 
 
 def cheaper_form(t: int, o: int, i: int, device: str = "cpu") -> Literal["gram", "tiles"]:
     """Return the form that takes less time on a device type ("cpu", "cuda")."""
-    gram = t * t * (o + i) + 2 * 16 * t * t
-    tiles = t * o * i + 16 * o * i
-    return "gram" if gram <= tiles else "tiles"
+    if device == "cuda":
+        block = _block(t, True)
+        blocks = -(-t // block)
+        gram = blocks * (blocks + 1) // 2 * block**2 * (o + i + BLOCK_COST_GPU)
+        is_gram = t == 1 or gram <= (-(-t // 32) * 32 + BLOCK_COST_GPU) * o * i
+    else:
+        is_gram = gram_is_cheaper(t, o, i, *COSTS)
+    return "gram" if is_gram else "tiles"
+
+
+def gram_is_cheaper(
+    t: int, o: int, i: int, share: float, gram_pass: float, tile_pass: float
+) -> bool:
+    """Return whether the Gram form takes less time at these costs."""
+    return t * t * (share * (o + i) + gram_pass) <= (t + tile_pass) * o * i
 
 
 def grad_sq_norm_gram(
@@ -284,10 +299,13 @@ ONE_TOKEN = Config({"ROWS": 4, "BLOCK_K": 256}, 4, 3)
 
 def _config(left: Tensor, right: Tensor, t: int) -> Config:
     size = max(left.element_size(), right.element_size())
-    block = 16 if t <= 16 else 32 if t <= 32 else 64
-    if t > 256 and size == 2 and unit_of(left, right) > 1:
-        block = 128  # unaligned, addresses would take the registers
+    block = _block(t, size == 2 and unit_of(left, right) > 1)
     return _table(architecture(left.device))[size, block]
+
+
+def _block(t: int, has_large: bool) -> int:
+    """Return the tokens of a block; there are large ones where addresses are few and short."""
+    return 16 if t <= 16 else 32 if t <= 32 else 64 if t <= 256 or not has_large else 128
 
 
 def _table(architecture: int) -> Mapping[tuple[int, int], Config]:

@@ -1,19 +1,21 @@
 """Norms, sketches, projections and dots of factored gradients against the gradients themselves."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curate.kernels import summation
+from curate.kernels import grad_norm, summation
 from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
 from curate.kernels.grad_norm import (
     cheaper_form,
     grad_sq_norm,
     grad_sq_norm_gram,
+    grad_sq_norm_packed,
     grad_sq_norm_tiles,
 )
 from curate.kernels.projection import project, project_matrix, project_rows
@@ -94,12 +96,112 @@ def test_tables_are_matrices_with_unit_vectors(s, t, v, d, u, scratch) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# A part of a block, two blocks with a rest (16, 32 and 64 tokens each), many columns, aligned rows,
+# one token, one number; groups.
+GRAM_SHAPES = [
+    (3, 2, 5, 7, 9), (2, 1, 33, 40, 3), (1, 1, 70, 16, 32), (2, 1, 17, 130, 1), (9, 2, 1, 70, 300),
+    (1, 1, 1, 1, 1),
+]  # fmt: skip
+
+
+def _check(got: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Compare with float64. Whichever way a Gram sum is taken, its terms' absolute values come to
+    at most (sum_t |left_t| |right_t|)^2 in each group; a rounding is 2^-24 of a term at most, and
+    blocks are added in trees: 32 of them on the way of a term are not reached."""
+    grad = torch.einsum("sgto,sgti->sgoi", left.double(), right.double())
+    terms = (left.double().norm(dim=3) * right.double().norm(dim=3)).sum(2).square().sum(1)
+    assert got.dtype == torch.float32 and (got >= 0).all()
+    assert ((got.double() - grad.square().sum((1, 2, 3))).abs() <= 32 * 2**-24 * terms).all()
+
+
+@pytest.mark.parametrize("shape", GRAM_SHAPES)
+@pytest.mark.parametrize("dtypes", [*((d, d) for d in DTYPES), (DTYPES[1], DTYPES[0])])
+def test_the_gram_form_is_the_norm_of_the_whole_gradient(shape, dtypes, device, poisoned) -> None:
+    left, right = (x.to(device, d) for x, d in zip(_factors(shape), dtypes, strict=True))
+    _check(grad_sq_norm_gram(left, right), left, right)
+    _check(grad_sq_norm(left, right), left, right)
+
+
+sides = st.sampled_from([1, 2, 15, 16, 31, 32, 63, 64, 65, 97])
+
+
+@pytest.mark.slow
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 70), sides, sides),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+)
+def test_the_gram_form_at_any_shape_and_dtype(device, shape, dtypes) -> None:
+    left, right = (x.to(device, d) for x, d in zip(_factors(shape), dtypes, strict=True))
+    _check(grad_sq_norm_gram(left, right), left, right)
+
+
+@pytest.mark.parametrize("t", [64, 65, 130, 257])
+def test_halving_the_diagonal_loses_no_block(t) -> None:
+    """The CPU's form multiplies what symmetry leaves, at every depth of halving."""
+    left, right = _factors((2, 2, t, 9, 4))
+    torch.testing.assert_close(
+        grad_sq_norm_gram(left, right), _whole(left, right).square().sum((1, 2))
+    )
+
+
+def test_pairs_of_blocks_are_found_from_their_number() -> None:
+    """p -> (a, b) as the kernel finds it in float32, to 2^21 tokens in blocks of 128."""
+    a = torch.arange(1 << 14, dtype=torch.int32)
+    for b in (torch.zeros_like(a), a):
+        p = a * (a + 1) // 2 + b
+        found = ((torch.sqrt((8 * p + 1).float()) - 1) * 0.5).int()
+        found = torch.where(found * (found + 1) // 2 > p, found - 1, found)
+        found = torch.where((found + 1) * (found + 2) // 2 <= p, found + 1, found)
+        assert torch.equal(found, a)
+
+
+@pytest.mark.parametrize("t", [1, 5, 40])
+def test_a_sample_has_the_same_bits_in_any_batch(t, backend, device) -> None:
+    if backend == "torch":
+        pytest.skip("libraries choose their order by the size of the batch")
+    left, right = (x.to(device, torch.bfloat16) for x in _factors((5, 1, t, 9, 20)))
+    together = grad_sq_norm_gram(left, right)
+    order = torch.tensor([2, 0, 4, 3, 1], device=device)
+    assert torch.equal(grad_sq_norm_gram(left[order], right[order]), together[order])
+    assert torch.equal(grad_sq_norm_gram(left[1:2], right[1:2]), together[1:2])
+
+
+@pytest.mark.parametrize("form", ["gram", "tiles"])
+def test_packed_samples_are_those_alone(form, device, poisoned, monkeypatch) -> None:
+    """In whichever form, at lengths of zero, one and several blocks."""
+    monkeypatch.setattr(grad_norm, "cheaper_form", lambda *_: form)
+    lengths = [3, 0, 40, 1, 3]
+    left, right = torch.randn(47, 5, device=device), torch.randn(47, 20, device=device)
+    starts = torch.tensor([0, *lengths], device=device).cumsum(0)
+    alone = [
+        grad_sq_norm(left[a:b][None, None], right[a:b][None, None])
+        for a, b in itertools.pairwise(starts.tolist())
+    ]
+    got = grad_sq_norm_packed(left, right, starts)
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-5, atol=0)
+    assert got[1] == 0
+
+
+def test_a_packed_sample_has_the_same_bits_beside_others(backend, device, monkeypatch) -> None:
+    if backend == "torch":
+        pytest.skip("libraries choose their order by the size of the batch")
+    monkeypatch.setattr(grad_norm, "cheaper_form", lambda *_: "gram")
+    left, right = torch.randn(75, 5, device=device), torch.randn(75, 20, device=device)
+    whole = grad_sq_norm_packed(left, right, torch.tensor([0, 5, 35, 75], device=device))
+    fewer = grad_sq_norm_packed(left[5:], right[5:], torch.tensor([0, 30, 70], device=device))
+    assert torch.equal(whole[1:], fewer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", [grad_sq_norm_gram, grad_sq_norm_tiles])
-def test_low_precision_sums_in_float32(dtype, form) -> None:
+def test_low_precision_sums_in_float32(dtype, form, device) -> None:
     """Sums of thousands of products that overflow float16 keep float32's accuracy."""
-    left, right = _factors((2, 1, 300, 40, 50), dtype)
-    left = left * 30
+    left, right = (x.to(device) for x in _factors((2, 1, 40, 20, 30), dtype))
+    left = left * 300
     truth = _whole(left, right).square().sum((1, 2))
     got = form(left, right)
     assert got.dtype == torch.float32
@@ -113,11 +215,18 @@ def test_large_matrices_keep_float32_accuracy() -> None:
     torch.testing.assert_close(grad_sq_norm_tiles(left, right).double(), truth, rtol=5e-6, atol=0)
 
 
-def test_a_gram_sum_that_cancels_is_not_negative() -> None:
-    x = torch.randn(64, 1, 2, 9)
+def test_a_gram_sum_that_cancels_is_not_negative(device) -> None:
+    x = torch.randn(64, 1, 2, 9, device=device)
     left = torch.cat([x, x], 2)
     right = torch.cat([x, -x], 2)  # the gradient is exactly 0
     assert (grad_sq_norm_gram(left, right) >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 3, 4, 5), (2, 1, 0, 4, 5), (0, 1, 1, 2, 2)])
+def test_no_samples_or_tokens_are_zeros(shape, device) -> None:
+    left, right = (x.to(device, torch.float32) for x in _factors(shape))
+    for form in (grad_sq_norm, grad_sq_norm_gram, grad_sq_norm_tiles):
+        assert torch.equal(form(left, right), torch.zeros(shape[0], device=device))
 
 
 def test_one_token_is_a_product_of_norms() -> None:
@@ -130,7 +239,9 @@ def test_the_form_follows_the_shape() -> None:
     assert cheaper_form(128, 768, 768) == "gram"
     assert cheaper_form(4096, 768, 768) == "tiles"
     assert cheaper_form(1024, 64, 576) == "tiles"
-    assert cheaper_form(1, 10, 10) == "gram"
+    assert cheaper_form(1, 10, 10) == cheaper_form(1, 10, 10, "cuda") == "gram"
+    assert cheaper_form(128, 768, 768, "cuda") == "gram"
+    assert cheaper_form(4096, 768, 768, "cuda") == "tiles"
 
 
 def test_non_contiguous_factors() -> None:
