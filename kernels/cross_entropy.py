@@ -78,7 +78,7 @@ def token_sums(
     if uses_triton(flat):
         values, index = totals(partial_sums(flat, target), target)
         shaped = values.view(len(values), *targets.shape)
-        return TokenSums(*shaped[: len(TokenSums._fields) - 1], index.view(targets.shape))
+        return TokenSums._make((*shaped[:-1], index.view(targets.shape)))
     dtype = float_of(logits)
     out = torch.zeros(len(TokenSums._fields) - 1, target.numel(), dtype=dtype, device=logits.device)
     argmax = torch.zeros_like(target)
@@ -94,7 +94,8 @@ def token_sums(
             column[rows] = value.masked_fill(ignored, 0.0)
         argmax[rows] = sums.argmax.masked_fill(ignored, 0)
     return TokenSums(
-        *out.view(len(out), *targets.shape).unbind(), argmax=argmax.view(targets.shape)
+    each = out.view(len(out), *targets.shape)
+    return TokenSums._make((*each, argmax.view(targets.shape)))
     )
 
 

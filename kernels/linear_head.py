@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from curate.kernels.cross_entropy import active_gathering, token_cross_entropy
+from curate.kernels.head_forward import head_partial_sums
 from curate.kernels.head_readouts import (
     Columns,
     Dots,
@@ -40,9 +41,10 @@ from curate.kernels.online_softmax import (
     LOG2E,
     OnlineSoftmax,
     TokenStatistics,
+    TokenSums,
 )
 from curate.kernels.rademacher import Key, signs
-from curate.kernels.softmax_tiles import OnlineSoftmaxKernels
+from curate.kernels.softmax_tiles import OnlineSoftmaxKernels, exponentials, totals
 from curate.kernels.summation import accumulator, inner
 
 # Elements of a tile of logits. CPU: logits and errors (4 MiB each) stay in the last-level cache.
@@ -173,6 +175,14 @@ def head_sums(
     results = _Results(hidden, targets, wants)
     by_row = wants.gram or wants.columns is not None
     size = _Size.of(hidden, weight, wants)
+    if (
+        _is_forward_only(wants, bias)
+        and uses_triton(hidden, weight)
+        and hidden.dtype == weight.dtype
+    ):
+        for block in _blocks(targets, max(1, size.scratch // hidden.shape[2]), by_row=False):
+            results.put(block, _forward_sums(hidden, weight, bias, targets, block))
+        return results.sums()
     for block in _blocks(targets, size.tokens, by_row):
         results.put(block, _block_sums(hidden, weight, bias, targets, block, wants, size))
     return results.sums()
@@ -193,21 +203,23 @@ def head_sq_norm(
     e is made again from `lse` and `error_target`. For rows longer than the width is large, or where
     the seeds are not known when `head_sums` makes the Gram matrix.
     """
-    dtype, scratch = accumulator(hidden), SCRATCH_GPU if hidden.is_cuda else SCRATCH_CPU
+    dtype, d = accumulator(hidden), weight.shape[1]
+    scratch = SCRATCH_GPU if hidden.is_cuda else SCRATCH_CPU
     out = hidden.new_zeros(len(hidden), dtype=dtype)
-    d = weight.shape[1]
     for block in _blocks(targets, TOKENS_CPU, by_row=True):
-        h, r = block.fill(hidden, dtype), len(block.rows)
-        y = targets.flatten()[block.index].clamp(min=0)
-        seeded = block.fill(seeds[..., None], dtype) * h
-        at = [x.flatten()[block.index].to(dtype) for x in (lse, error_target)]
-        width = max(1, scratch // (max(1, r) * max(block.places, d)))
+        r, p = len(block.rows), block.places
+        h = block.fill(hidden, _factors(hidden, weight))
+        y, lse_, e_y = (x.flatten()[block.index] for x in (targets.clamp(min=0), lse, error_target))
+        seed = block.fill(seeds[..., None], dtype).view(r, p)
+        # Half precision holds nothing below 6e-8: the largest seed of a row is made 1024.
+        raised = 1024 / seed.abs().amax(1).clamp(min=1e-30)
+        seed = (seed * raised[:, None]).flatten()
+        width = max(1, scratch // (r * max(p, d)))
         for first in range(0, len(weight), width):
             classes = slice(first, min(first + width, len(weight)))
-            e = h.new_empty(len(h), classes.stop - first)
-            _errors(h, weight, bias, y, *at, classes, out=e)
-            grad = torch.bmm(e.view(r, block.places, -1).mT, seeded.view(r, block.places, d))
-            out[block.rows] += inner(grad, grad)
+            e = _errors(h, weight, bias, y, lse_, e_y, classes, seed)
+            grad = multiply(e.view(r, p, -1).mT, h.view(r, p, d))
+            out[block.rows] += inner(grad, grad) / raised.square()
     return out
 
 
@@ -246,9 +258,8 @@ def head_error(
     y = targets[rows].flatten()
     index = (y != IGNORE).nonzero()[:, 0]
     h = hidden[rows].flatten(0, 1)[index].to(dtype)
-    e = h.new_empty(len(h), len(weight))
-    at = [x[rows].flatten()[index].to(dtype) for x in (lse, error_target)]
-    _errors(h, weight, bias, y[index], *at, slice(0, len(weight)), out=e)
+    lse, error_target = (x[rows].flatten()[index] for x in (lse, error_target))
+    e = _errors(h, weight, bias, y[index], lse, error_target, slice(0, len(weight)))
     out = h.new_zeros(len(y), len(weight)).index_copy_(0, index, e)
     return out.view(*targets[rows].shape, -1)
 
@@ -261,13 +272,25 @@ def _errors(
     lse: Float[Tensor, " n"],
     e_y: Float[Tensor, " n"],
     classes: slice,
-    out: Float[Tensor, "n w"],
-) -> None:
-    """Write the errors of some classes."""
-    logits(h, weight, bias, classes, out=out)
-    out.sub_(lse[:, None]).mul_(LOG2E).exp2_()
+    seed: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, "n w"]:
+    """Return the errors of some classes, times the seed, in the dtype of h."""
+    z = h.new_empty(len(h), classes.stop - classes.start, dtype=accumulator(h))
+    logits(h, weight, bias, classes, out=z)
+    if uses_triton(h, weight):
+        e = z if z.dtype == h.dtype else torch.empty_like(z, dtype=h.dtype)
+        exponentials(z, y, lse, e_y, e, seed=seed, first=classes.start)
+        return e
+    z.sub_(lse[:, None]).mul_(LOG2E).exp2_()
     here = ((y >= classes.start) & (y < classes.stop)).nonzero()[:, 0]
-    out[here, y[here] - classes.start] = e_y[here]
+    z[here, y[here] - classes.start] = e_y[here].to(z.dtype)
+    return z if seed is None else z.mul_(seed[:, None])
+
+
+def _factors(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which hidden states and errors are multiplied; sums are float32."""
+    is_16_bit = hidden.dtype == weight.dtype and multiplies_16_bits(hidden.device)
+    return hidden.dtype if is_16_bit and uses_triton(hidden) else accumulator(hidden)
 
 
 @dataclass(frozen=True)
@@ -294,7 +317,7 @@ def _blocks(targets: Int[Tensor, "b t"], tokens: int, by_row: bool) -> Iterator[
     is_target = targets != IGNORE
     t = targets.shape[1]
     if not by_row:
-        for index in is_target.flatten().nonzero()[:, 0].split(tokens):
+        for index in torch.split(is_target.flatten().nonzero()[:, 0], tokens):
             yield _Block(index // t, 1, index, None)
         return
     counts = is_target.sum(1)
@@ -339,6 +362,28 @@ class _Size(NamedTuple):
         return [slice(first, min(first + width, v)) for first in range(0, v, width)]
 
 
+def _is_forward_only(wants: HeadWants, bias: Tensor | None) -> bool:
+    """Return whether running sums over the classes give all that is wanted."""
+    kept = wants.columns, wants.sketch, wants.directions
+    return not (
+        any(x is not None for x in kept)
+        or wants.gram
+        or wants.hidden_grad
+        or (wants.aligned and bias is not None)
+    )
+
+
+def _forward_sums(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, block: _Block
+) -> dict[str, Tensor]:
+    """Return the sums of one block of tokens from tiles of logits that are never written."""
+    y = targets.flatten()[block.index]
+    h = block.fill(hidden, hidden.dtype)
+    out, index = totals(head_partial_sums(h, weight, bias, y), y)
+    sums = TokenSums._make((*out[:-1], index))
+    return sums._asdict() | {"error_sq": sums.el2n.square()}
+
+
 def _block_sums(
     hidden: Tensor,
     weight: Tensor,
@@ -351,8 +396,7 @@ def _block_sums(
     """Return the results of one block by the names of HeadSums; statistics by their own."""
     dtype = accumulator(hidden)
     on_gpu = uses_triton(hidden, weight)
-    is_16_bit = on_gpu and hidden.dtype == weight.dtype and multiplies_16_bits(hidden.device)
-    h = block.fill(hidden, hidden.dtype if is_16_bit else dtype)
+    h = block.fill(hidden, _factors(hidden, weight))
     y = targets.flatten()[block.index].clamp(min=0)
     wants_spread = wants.statistics or (wants.aligned and not wants.hidden_grad)
     online = OnlineSoftmaxKernels(y, h.dtype) if on_gpu else OnlineSoftmax(y, wants_spread)

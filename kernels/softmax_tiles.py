@@ -126,7 +126,7 @@ class OnlineSoftmaxKernels:
     def sums(self) -> tuple[TokenSums, Float[Tensor, " n"]]:
         """Return what the tiles add up to, and the scale of E."""
         out, index = totals(torch.cat(self._parts), self._targets)
-        return TokenSums(*out[:9].unbind(), index), out[9] * math.exp(-self._raised)
+        return TokenSums._make((*out[:9], index)), out[9] * math.exp(-self._raised)
 
 
 @jit
@@ -303,11 +303,11 @@ def variants(architecture: int) -> Iterator[Variant]:
             types = {"p_z": f"*{dtype}", "p_y": "*i64", "p_out": "*fp32", **sizes}
             types |= {"split": "i32", "stride_z": "i32"}
             yield _variant(f"partial_sums_{dtype}_{tail}", _partial_sums_kernel, types, config)
-            for has_seed in (True, False):
+            for source, has_seed in sorted({("fp32", False), ("fp32", True), (dtype, True)}):
                 types = {name: "*fp32" for name in ("p_shift", "p_at", "p_seed")}
-                types |= {"p_z": f"*{dtype}" if has_seed else "*fp32", "p_y": "*i64"}
-                types |= {"p_out": f"*{dtype}", **sizes, "stride_z": "i32", "stride_out": "i32"}
-                name = f"exponentials_{'seed_' if has_seed else ''}{dtype}_{tail}"
+                types |= {"p_z": f"*{source}", "p_y": "*i64", "p_out": f"*{dtype}", **sizes}
+                types |= {"stride_z": "i32", "stride_out": "i32"}
+                name = f"exponentials_{source}_{'seed_' if has_seed else ''}{dtype}_{tail}"
                 yield _variant(name, _exponentials_kernel, types, config, HAS_SEED=has_seed)
     types = {"p_parts": "*fp32", "p_y": "*i64", "p_out": "*fp32", "p_index": "*i64"}
     yield _variant("totals", _totals_kernel, {**types, "n": "i32", "parts": "i32"}, _TOTALS)
