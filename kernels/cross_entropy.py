@@ -93,10 +93,8 @@ def token_sums(
         for column, value in zip(out, sums[:-1], strict=True):
             column[rows] = value.masked_fill(ignored, 0.0)
         argmax[rows] = sums.argmax.masked_fill(ignored, 0)
-    return TokenSums(
     each = out.view(len(out), *targets.shape)
     return TokenSums._make((*each, argmax.view(targets.shape)))
-    )
 
 
 @dataclass
