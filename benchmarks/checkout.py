@@ -33,8 +33,7 @@ def _link() -> None:
 
 def _stand_in() -> None:
     module = ModuleType("jaxtyping")
-    for name in ("Float", "Int", "Integer", "Bool", "Num", "Shaped", "UInt8", "Int64", "Float32"):
-        setattr(module, name, _Annotation)
+    module.__getattr__ = lambda name: _Annotation  # type: ignore[method-assign]
     sys.modules["jaxtyping"] = module
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import checkout  # noqa: F401  (makes curate importable)
 import torch
+import torch.nn.functional as F
 from ceilings import Ceilings, ceilings
 from floor import Work, work
 from memory import peak_bytes, resident_bytes
@@ -31,9 +32,9 @@ from shapes import SHAPES, Shape, outputs, plain_loss
 from timing import Run, in_turns, machine, ratios
 from torch import nn
 
-from curate.scorers.parts import Readout, TwoSidedSketch, sq_norm
 from curate.scorers.passes import Needs, Passes
-from curate.scorers.protocol import Batch
+from curate.scorers.protocol import IGNORE, Batch
+from curate.scorers.readouts import Readout, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import WatchedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,8 +82,9 @@ def main() -> None:
     sizes = {n: getattr(args, n) for n in ("layers", "width", "tokens", "rows", "vocab")}
     asked = [shape for size in args.size or ("small", "long") for shape in SHAPES[size]]
     shapes = [s.with_(**sizes) for s in asked if s.name in (args.model or [s.name])]
-    lines: list[str] = []
-    for line in report(dict.fromkeys(shapes), device, dtype, args.seconds, args.threads):
+    lines = [machine(device, args.threads)]
+    print(lines[0])
+    for line in report(dict.fromkeys(shapes), device, dtype, args.seconds):
         print(line, flush=True)
         lines.append(line)
     if args.output:
@@ -94,11 +96,9 @@ def report(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
-    threads: int | None = None,
     quick: bool = False,
 ) -> Iterator[str]:
     """Return the lines of the whole table as they come to be known."""
-    yield machine(device, threads)
     limits = ceilings(device, dtype, quick)
     yield f"{dtype}, {limits} (matrix product and copy, measured)"
     for shape in shapes:
@@ -205,7 +205,10 @@ def compare_with_autograd(passes: Passes, batch: Batch) -> float:
 
 def _sq_norm(model: nn.Module, batch: Batch) -> float:
     params = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(outputs(model, batch).loss.sum(), params, allow_unused=True)
+    out = model(**batch.inputs)
+    logits = out if isinstance(out, torch.Tensor) else out.logits
+    loss = F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())  # ignores -100
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
     return sum(float(g.double().square().sum()) for g in grads if g is not None)
 
 
@@ -214,7 +217,9 @@ def _short(batch: Batch, model: Any) -> Batch:
         return batch
     tokens = max(2, (1 << 28) // model.get_output_embeddings().out_features)
     inputs = {name: x[:, :tokens] for name, x in batch.inputs.items()}
-    return Batch(inputs, batch.targets[:, :tokens], batch.rows)
+    targets = batch.targets[:, :tokens].clone()
+    targets[:, -1] = IGNORE
+    return Batch(inputs, targets, batch.rows)
 
 
 def _in_float64(batch: Batch) -> Batch:

@@ -71,6 +71,12 @@ class Shape:
 
 _LABELS = 4
 SHAPES = {
+    "tiny": (
+        Shape("gpt2", 2, 64, 16, 3, 100),
+        Shape("bert", 2, 64, 16, 3, 100),
+        Shape("llama", 2, 64, 16, 3, 100),
+        Shape("resnet", 2, 8, 16, 3, 10),
+    ),
     "small": (
         Shape("gpt2", 4, 256, 128, 16, 8192),
         Shape("bert", 4, 256, 128, 16, 8192),
