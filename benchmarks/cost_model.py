@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import exp, log
 
+import checkout  # noqa: F401  (makes curate importable)
 import torch
 from torch import Tensor
 
