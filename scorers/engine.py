@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curate.scorers.head import STATISTICS
-from curate.scorers.parts import sq_norm
 from curate.scorers.passes import Harvest, Needs
 from curate.scorers.probe import EngineError
 from curate.scorers.protocol import RECORD_KINDS, Signal
+from curate.scorers.readouts import sq_norm
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 __all__ = ["Engine", "EngineError"]

@@ -9,8 +9,9 @@ from torch import Tensor
 from curate.kernels.cross_entropy import Gathered, TokenStatistics, token_statistics
 from curate.kernels.grad_norm import accumulable
 from curate.scorers.head_part import HeadPart
-from curate.scorers.parts import Dots, Full, Layout, join, sq_norm
+from curate.scorers.parts import Full, Layout, join
 from curate.scorers.protocol import IGNORE, Outputs
+from curate.scorers.readouts import Dots, sq_norm
 from curate.scorers.uses import Overwritten, Saved, Use
 
 STATISTICS = frozenset({"el2n", "entropy", "margin", "correct", "tokens"})

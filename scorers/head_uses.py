@@ -12,19 +12,9 @@ from torch import Tensor
 from curate.kernels.cross_entropy import TokenStatistics, active_gathering
 from curate.kernels.linear_head import HeadSums, HeadWants, head_pass
 from curate.scorers.head_part import HeadPart
-from curate.scorers.parts import (
-    Dots,
-    Full,
-    Layout,
-    Part,
-    Readout,
-    RowGroups,
-    TwoSidedSketch,
-    regroup,
-    sq_norm,
-    ungroup,
-)
+from curate.scorers.parts import Full, Layout, Part, RowGroups, regroup, ungroup
 from curate.scorers.protocol import IGNORE
+from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
 from curate.scorers.uses import Lookup, Saved, Use, by_role
 
 

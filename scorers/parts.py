@@ -1,13 +1,13 @@
-"""The factors of a parameter's per-row gradient, and what is read off them.
+"""The factors of a parameter's per-row gradient.
 
 Shapes: B rows, S sequences, T tokens, g groups, O and I the sides of a matrix.
 
 A `Part` is what one use of a parameter contributes, sequences first. `join` adds the uses of one
-backward pass exactly, and the sequences of a row, before anything is squared; a `Readout` turns
-the sum into a number or a vector per row.
+backward pass exactly, and the sequences of a row, before anything is squared. What is read off the
+sum is said in `readouts.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -16,13 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from curate.kernels.conv import Geometry, conv_sketch, conv_sq_norm, split, unfold
-from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
-from curate.kernels.embedding import embedding_cross, embedding_sq_norm
-from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm, inner
-from curate.kernels.projection import project, project_matrix, project_rows
-from curate.kernels.rademacher import Key, stream_key
-from curate.kernels.sketch import sketch, sketch_matrix, sketch_rows, sketch_vector
+from curate.kernels.conv import Geometry, split, unfold
+from curate.kernels.grad_norm import accumulable
 from curate.scorers.head_part import HeadPart
 
 
@@ -253,122 +248,3 @@ def alone(name: str, shape: torch.Size, part: Part) -> Gradient:
         return Gradient(name, shape, indexed=part)
     assert isinstance(part, Full), "a sketch is read off already"
     return Gradient(name, shape, full=part)
-
-
-Readout = Callable[[Gradient], Tensor]
-"""From a parameter's gradient to [B] or [B, k]."""
-
-
-def is_linear(readout: Readout) -> bool:
-    """Return whether what is read off a sum is the sum of what is read off its parts."""
-    return isinstance(readout, (TwoSidedSketch, Projection, Dots))
-
-
-def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
-    """Return the squared norm; cross terms between the uses included."""
-    pair, indexed, full = gradient.pair, gradient.indexed, gradient.full
-    if full is not None and (pair is not None or indexed is not None):
-        return _sq_norm_materialised(gradient, len(full.grad))
-    if full is not None:
-        grad = accumulable(full.grad).reshape(-1, *gradient.matrix_shape)
-        return inner(grad, grad)
-    if pair is None:
-        assert indexed is not None, "a gradient without parts"
-        return embedding_sq_norm(indexed.index, indexed.right)
-    if isinstance(pair, Convolved):
-        total = conv_sq_norm(pair.grad, pair.input, pair.geometry)
-    elif isinstance(pair, HeadPart):
-        total = pair.sq_norm()
-    else:
-        total = grad_sq_norm(pair.left, pair.right)
-    if indexed is not None:
-        total = total + embedding_sq_norm(indexed.index, indexed.right)
-        if isinstance(pair, HeadPart) and pair.sums.columns is not None:
-            cross = pair.cross(indexed.right)
-        else:
-            cross = embedding_cross(
-                indexed.index, indexed.right, pair.left.squeeze(1), pair.right.squeeze(1)
-            )
-        total = (total + 2 * cross).clamp_(min=0)
-    return total
-
-
-def _sq_norm_materialised(gradient: Gradient, rows: int) -> Tensor:
-    squares = []
-    for part in chunks(rows, gradient.shape.numel()):
-        grad = gradient.materialised(part)
-        squares.append(inner(grad, grad))
-    return torch.cat(squares)
-
-
-@dataclass(frozen=True)
-class TwoSidedSketch:
-    """Matrices two-sided to k[0] x k[1], vectors one-sided to k[0] * k[1]."""
-
-    seed: int
-    k: tuple[int, int]
-
-    def keys(self, name: str) -> tuple[Key, Key]:
-        """The streams of a parameter's rows and columns."""
-        return stream_key(self.seed, name, "rows"), stream_key(self.seed, name, "columns")
-
-    def __call__(self, gradient: Gradient) -> Float[Tensor, "b kk"]:
-        name, total = gradient.name, list[Tensor]()
-        keys = self.keys(name)
-        if isinstance(pair := gradient.pair, Convolved):
-            total.append(conv_sketch(pair.grad, pair.input, pair.geometry, keys, self.k))
-        elif isinstance(pair, HeadPart) and pair.sums.sketch is not None:
-            total.append(pair.sketch(keys, self.k))
-        elif pair is not None:
-            total.append(sketch(pair.left, pair.right, keys, self.k))
-        if gradient.indexed is not None:
-            total.append(sketch_rows(gradient.indexed.index, gradient.indexed.right, keys, self.k))
-        if gradient.full is not None:
-            grad = gradient.full.grad.reshape(-1, *gradient.matrix_shape)
-            if len(gradient.shape) < 2:
-                whole = stream_key(self.seed, name, "whole")
-                total.append(sketch_vector(grad[:, 0], whole, self.k[0] * self.k[1]))
-            else:
-                total.append(sketch_matrix(grad, keys, self.k))
-        return torch.stack(total).sum(0)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The whole parameter one-sided to k."""
-
-    seed: int
-    k: int
-
-    def __call__(self, gradient: Gradient) -> Float[Tensor, "b k"]:
-        key, total = stream_key(self.seed, gradient.name, "whole"), list[Tensor]()
-        if gradient.pair is not None:
-            total.append(project(gradient.pair.left, gradient.pair.right, key, self.k))
-        if gradient.indexed is not None:
-            index, right = gradient.indexed.index, gradient.indexed.right
-            total.append(project_rows(index, right, key, self.k))
-        if gradient.full is not None:
-            grad = gradient.full.grad.reshape(-1, *gradient.matrix_shape)
-            total.append(project_matrix(grad, key, self.k))
-        return torch.stack(total).sum(0)
-
-
-@dataclass(frozen=True, eq=False)
-class Dots:
-    """Inner products with M directions per parameter, {name: [M, *shape]}; others count as 0."""
-
-    directions: dict[str, Tensor]
-
-    def __call__(self, gradient: Gradient) -> Float[Tensor, "b m"]:
-        v, total = self.directions[gradient.name], list[Tensor]()
-        v = v.reshape(len(v), *gradient.matrix_shape)
-        if isinstance(pair := gradient.pair, HeadPart) and pair.sums.dots is not None:
-            total.append(pair.dots())
-        elif pair is not None:
-            total.append(grad_dot(pair.left, pair.right, v))
-        if gradient.indexed is not None:
-            total.append(grad_dot_rows(gradient.indexed.index, gradient.indexed.right, v))
-        if gradient.full is not None:
-            grad = gradient.full.grad.reshape(-1, *gradient.matrix_shape)
-            total.append(grad_dot_matrix(grad, v.to(accumulator(grad))))
-        return torch.stack(total).sum(0)

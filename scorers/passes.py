@@ -20,18 +20,16 @@ from curate.scorers.parts import (
     Full,
     Gradient,
     Part,
-    Readout,
     Sketched,
-    TwoSidedSketch,
     alone,
     by_row,
     group_rows,
     is_by_row,
-    is_linear,
 )
 from curate.scorers.plan import Plan
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.protocol import Outputs
+from curate.scorers.readouts import Readout, TwoSidedSketch, is_linear, read_together
 from curate.scorers.recompute import Recompute
 from curate.scorers.rows import count_rows, sequences_of
 from curate.scorers.taps import Lookups, Replan, Taps, Tracer, UseKey, anchored
@@ -258,9 +256,11 @@ class _Pass:
         return harvest
 
     def _consume(self, gradient: Gradient) -> None:
-        for key, (names, read) in self.needs.readouts.items():
-            if gradient.name in names:
-                self.results[key].setdefault(gradient.name, []).append(read(gradient))
+        wanted = {
+            k: read for k, (names, read) in self.needs.readouts.items() if gradient.name in names
+        }
+        for key, value in read_together(gradient, wanted).items():
+            self.results[key].setdefault(gradient.name, []).append(value)
 
     def _linear_only(self, names: set[str]) -> dict[str, TwoSidedSketch | None]:
         """Return the parameters that are read off part by part, none of them kept for the sum."""

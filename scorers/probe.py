@@ -16,10 +16,10 @@ from curate.kernels.grad_norm import accumulable
 from curate.scorers.casting import Coarsest
 from curate.scorers.discover import make_plan
 from curate.scorers.fallback import whole_model_rows
-from curate.scorers.parts import sq_norm
 from curate.scorers.passes import Harvest, Needs, Passes
 from curate.scorers.plan import WHOLE
 from curate.scorers.prepared import named_parameters, prepared
+from curate.scorers.readouts import sq_norm
 from curate.scorers.recording import Recording, record
 from curate.scorers.rows import count_rows, select_rows, sequences_of
 

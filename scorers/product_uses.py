@@ -9,7 +9,8 @@ from torch import Tensor
 
 from curate.kernels.grad_norm import accumulable
 from curate.kernels.sketch import sketch_from_sides, sketch_side
-from curate.scorers.parts import Full, Indexed, Layout, Pair, Part, Sketched, TwoSidedSketch
+from curate.scorers.parts import Full, Indexed, Layout, Pair, Part, Sketched
+from curate.scorers.readouts import TwoSidedSketch
 from curate.scorers.uses import Lookup, Param, Saved, Use, by_role
 
 

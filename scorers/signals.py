@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from curate.kernels.grad_norm import accumulable
 from curate.scorers.head import STATISTICS
-from curate.scorers.parts import Dots, Projection, TwoSidedSketch, sq_norm
 from curate.scorers.passes import Harvest, Needs
 from curate.scorers.prepared import named_parameters
 from curate.scorers.protocol import IGNORE
+from curate.scorers.readouts import Dots, Projection, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 _VECTORS = frozenset({"grad_norm", "sketch", "grad_dot", "input_grad", "embedding"})

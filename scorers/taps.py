@@ -19,8 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curate.scorers.parts import Gradient, Layout, Part, TwoSidedSketch, join
+from curate.scorers.parts import Gradient, Layout, Part, join
 from curate.scorers.readers import read_alias, read_use
+from curate.scorers.readouts import TwoSidedSketch
 from curate.scorers.uses import Overwritten, Param, Use
 
 UseKey = tuple[str, tuple[str, ...], int]

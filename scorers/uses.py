@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curate.scorers.parts import Layout, Part, TwoSidedSketch
+from curate.scorers.parts import Layout, Part
+from curate.scorers.readouts import TwoSidedSketch
 
 
 class Overwritten(Exception):
