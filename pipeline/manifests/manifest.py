@@ -3,8 +3,12 @@
 A folder with `part-00000.parquet` ... and, written last, `manifest.json`. Parts hold the kept rows
 sorted by (shard, row): `shard` int32, `row` int64 (delta-packed), `id` where the score table has
 one, `weight` float32 (1 everywhere when `weight_kind` is "none": dictionary-encoded, so it costs
-nothing and readers need no special case) and `rank` int32 where the method orders rows (0 is kept
-first, so a smaller budget is a prefix). It is a keep-list: what is not in it is not trained on.
+nothing and readers need no special case), `rank` int32 where the method orders rows (0 is kept
+first, so a smaller budget is a prefix) and `group` int32 where a schedule needs it. It is a
+keep-list: what is not in it is not trained on.
+
+Version 2 is version 1 with a mixture of corpora (`corpus.parts`) or the column `group`; what has
+neither is written as version 1.
 """
 
 import hashlib
@@ -17,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate.pipeline.manifests.mixed_corpus import open_described
 from curate.pipeline.manifests.places import GROUP_ROWS
 from curate.pipeline.manifests.selection_summary import summary_text
-from curate.pipeline.reading.corpus import Corpus, open_corpus
+from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder, canonical_json
 
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
     from curate.pipeline.manifests.schedules import Schedule
     from curate.pipeline.manifests.torch_rows import TorchRows
 
-FORMAT, VERSION, NAME = "curate.manifest", 1, "manifest.json"
+FORMAT, VERSIONS, NAME = "curate.manifest", (1, 2), "manifest.json"
 GROUPS_PER_PART = 16  # parts of about 4 million rows
 WeightKind = Literal["none", "loss", "sampling", "repeat"]
 WEIGHT_KINDS = ("none", "loss", "sampling", "repeat")
@@ -78,7 +83,10 @@ def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
     """Write `manifest.json`, which makes the selection whole; return what it holds."""
     missing = KEYS - content.keys() - {"format", "version"}
     assert not missing, f"a manifest without {sorted(missing)}"
-    whole = {**content, "format": FORMAT, "version": VERSION}
+    schedule = content["schedule"]
+    has_groups = schedule is not None and schedule["rule"] == "cooldown"
+    version = 2 if has_groups or "parts" in content["corpus"] else 1
+    whole = {**content, "format": FORMAT, "version": version}
     folder.replace(NAME, canonical_json(whole))
     return whole
 
@@ -121,9 +129,13 @@ class Manifest:
         if not folder.exists(NAME):
             raise ValueError(f"{path} holds no manifest; make one with `curate select`")
         content = folder.read_json(NAME)
-        found = f"{content.get('format')} version {content.get('version')}"
-        if found != f"{FORMAT} version {VERSION}":
-            raise ValueError(f"{path} holds {found}, expected {FORMAT} version {VERSION}")
+        version = content.get("version")
+        if content.get("format") != FORMAT or version not in VERSIONS:
+            expected = " or ".join(map(str, VERSIONS))
+            raise ValueError(
+                f"{path} holds {content.get('format')} version {version}, "
+                f"expected {FORMAT} version {expected}"
+            )
         if missing := sorted(KEYS - content.keys()):
             raise ValueError(f"{path}/{NAME} lacks {', '.join(missing)}; select again")
         if content["weight_kind"] not in WEIGHT_KINDS:
@@ -186,7 +198,8 @@ class Manifest:
                 raise ValueError(f"{self.path}/{name} was changed; run `curate select` again")
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield the manifest's own columns in order: `shard`, `row`, `id`, `weight`, `rank`."""
+        """Yield the manifest's own columns in order: `shard`, `row`, `id`, `weight`, `rank`,
+        `group`; those it has."""
         for name in self.parts:
             with open_parquet(self.folder, name) as file:
                 yield from file.iter_batches(GROUP_ROWS, columns=columns)
@@ -235,12 +248,10 @@ class Manifest:
 def _same_corpus(manifest: Manifest, moved_to: str | None) -> Corpus:
     description = manifest.content["corpus"]
     try:
-        corpus = open_corpus(moved_to or description["uri"])
-        corpus.same_corpus(description)
+        return open_described(description, moved_to)
     except ValueError as problem:
         hint = "" if moved_to else "; if the data moved, say where (corpus=, --corpus)"
         raise ValueError(f"the data of {manifest.path} is not usable: {problem}{hint}") from None
-    return corpus
 
 
 def _regrouped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
@@ -267,6 +278,8 @@ def _part_schema(group: pa.Table) -> pa.Schema:
     fields.append(pa.field("weight", pa.float32(), False))
     if group["rank"].null_count < group.num_rows:
         fields.append(pa.field("rank", pa.int32(), False))
+    if "group" in group.column_names:
+        fields.append(pa.field("group", pa.int32(), False))
     return pa.schema(fields)
 
 
@@ -280,7 +293,7 @@ def _as_part(group: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
     # Sorted rows delta-pack to about 0.3 bytes each at 50 % kept.
-    packed = [n for n in ("shard", "row", "rank") if n in schema.names]
+    packed = [n for n in ("shard", "row", "rank", "group") if n in schema.names]
     return {
         "version": "2.6",
         "compression": "zstd",

@@ -66,7 +66,7 @@ class Repeated:
 
     def expand(self, stage: int, group: int) -> Positions:
         weights = _weights(self._places, group).astype(np.int64)
-        return self._places.starts[group] + np.repeat(np.arange(len(weights)), weights)
+        return _from(self._places, group, np.repeat(np.arange(len(weights)), weights))
 
 
 class Drawn:
@@ -84,7 +84,7 @@ class Drawn:
         key = stream_key(self._seed, self._epoch, _WITHIN, group)
         uniform = _uniform(key, 0, int(self._counts[group]))
         edges = np.cumsum(_weights(self._places, group))
-        return self._places.starts[group] + np.sort(_drawn(edges, uniform))
+        return _from(self._places, group, np.sort(_drawn(edges, uniform)))
 
     @cached_property
     def _counts(self) -> Int64[ndarray, " g"]:
@@ -126,7 +126,7 @@ class InRounds:
         codes, times = self._times(group)
         if self._is_staged:
             times = np.where(codes == stage, times, 0)
-        return self._places.starts[group] + np.repeat(np.arange(len(times)), times)
+        return _from(self._places, group, np.repeat(np.arange(len(times)), times))
 
     def _times(self, group: int) -> tuple[Positions, Positions]:
         codes = self._codes(group)
@@ -156,6 +156,10 @@ class InRounds:
             shown = codes >= 0
             rows.append(np.bincount(codes[shown], times[shown], minlength=len(self._rounds)))
         return np.array(rows, dtype=np.int64).reshape(len(rows), len(self._rounds))
+
+
+def _from(places: Places, group: int, offsets: Positions) -> Positions:
+    return np.asarray(places.starts[group] + offsets, dtype=np.int64)
 
 
 def _weights(places: Places, group: int) -> Float64[ndarray, " n"]:

@@ -1,0 +1,56 @@
+"""Output folders of manifests that are made from manifests."""
+
+import json
+from typing import Any
+
+from curate.pipeline.manifests.manifest import NAME, Manifest, is_part
+from curate.pipeline.storing.storage import Folder
+
+
+def claim(folder: Folder, selection: dict[str, Any], overwrite: bool) -> Manifest | None:
+    """Return the whole manifest of an equal request, or make the folder free for a new one.
+
+    `selection` is what `manifest.json` will say of the request; results may be missing from it.
+
+    Raises:
+        ValueError: it holds something else and may not be overwritten.
+    """
+    names = folder.names()
+    asked = json.loads(json.dumps(selection))
+    if NAME in names and not overwrite:
+        found = Manifest.read(folder.uri)
+        if not _agrees(found.content["selection"], asked):
+            raise ValueError(
+                f"{folder.uri} holds another selection; choose another folder with --out or "
+                "replace it with --overwrite"
+            )
+        found.check_files()
+        return found
+    foreign = [n for n in names if n != NAME and not is_part(n)] + folder.folders()
+    if foreign:
+        raise ValueError(
+            f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
+        )
+    for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
+        folder.delete(name)
+    folder.clean_tmp()
+    return None
+
+
+def of_manifests(manifests: list[Manifest]) -> list[dict[str, Any]]:
+    """Return what a new manifest says of those it was made from."""
+    return [
+        {
+            "path": m.path,
+            "digest": m.digest,
+            "selected": len(m),
+            "method": m.content["selection"]["method"],
+        }
+        for m in manifests
+    ]
+
+
+def _agrees(there: Any, asked: Any) -> bool:
+    if isinstance(asked, dict):
+        return isinstance(there, dict) and all(_agrees(there.get(k), v) for k, v in asked.items())
+    return bool(there == asked)

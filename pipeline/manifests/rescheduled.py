@@ -1,0 +1,188 @@
+"""A selection with a schedule: the same rows, and what each epoch shows of them."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32
+from numpy import ndarray
+
+from curate.pipeline.manifests.algebra import Path_, first_columns
+from curate.pipeline.manifests.claim import claim, of_manifests
+from curate.pipeline.manifests.curriculum import hard_end
+from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
+from curate.pipeline.manifests.row_source import RowSource
+from curate.pipeline.manifests.schedules import make_schedule, refuse_rates, schedule_content
+from curate.pipeline.storing.storage import Folder
+from curate.scorers.registry import scorer_from_spec
+
+log = logging.getLogger("curate.manifest")
+
+MAX_GROUPS = 10_000
+
+
+def schedule(
+    manifest: Path_,
+    rule: str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    epochs: int | None = None,
+    params: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Return the manifest of the same rows and weights with a static schedule.
+
+    `rule` is `rs2`, `curriculum` or `cooldown`, `params` its parameters (`Rs2`, `Curriculum`,
+    `Cooldown`). A curriculum finds out by itself which end of the ranks is hard where the scorer
+    says what high values mean. Cooldown takes `by_group`, a column of the corpus, for its groups;
+    a mixture has its corpora as groups already.
+
+    Raises:
+        ValueError: the rule, a parameter or the weights are wrong, ranks or groups are missing, or
+            `out` holds something else (unless `overwrite`).
+    """
+    opened = manifest if isinstance(manifest, Manifest) else Manifest.open(manifest)
+    refuse_rates(rule, opened.weight_kind)
+    folder = Folder(str(out))
+    if folder == opened.folder:
+        raise ValueError(f"{folder.uri} is the manifest to read; choose another folder")
+    asked = dict(params or {})
+    by_group = asked.pop("by_group", None) if rule == "cooldown" else None
+    if rule == "curriculum":
+        asked = _curriculum_params(opened, epochs, asked)
+    selection = opened.content["selection"]
+    request = {
+        **selection,
+        "params": {
+            **selection["params"],
+            "scheduled": {
+                "of": of_manifests([opened]),
+                "rule": rule,
+                "seed": seed,
+                "epochs": epochs,
+                "asked": asked,
+                "by_group": by_group,
+            },
+        },
+    }
+    groups = _Groups(opened, by_group) if rule == "cooldown" else None
+    if groups is None:
+        made = make_schedule(rule, seed, epochs, asked)  # all is checked before anything is written
+    else:
+        make_schedule(rule, seed, epochs, {**asked, "groups": ("any",), "rows": (1,)})
+    if (found := claim(folder, request, overwrite)) is not None:
+        log.info("%s holds this schedule already", folder.uri)
+        return found
+    try:
+        files, _ = write_parts(folder, groups.batches() if groups else _batches(opened))
+    except Exception:
+        for name in filter(is_part, folder.names()):
+            folder.delete(name)
+        raise
+    if groups is not None:
+        counted = {"groups": tuple(groups.names), "rows": tuple(groups.rows)}
+        made = make_schedule(rule, seed, epochs, {**asked, **counted})
+    content = {
+        **{k: v for k, v in opened.content.items() if k not in ("format", "version")},
+        "selection": request,
+        "schedule": schedule_content(rule, made),
+        "files": files,
+    }
+    return Manifest(folder, write_manifest(folder, content), opened.corpus)
+
+
+def _curriculum_params(
+    manifest: Manifest, epochs: int | None, asked: dict[str, Any]
+) -> dict[str, Any]:
+    if "rank" not in first_columns(manifest):
+        method = manifest.content["selection"]["method"]
+        raise ValueError(
+            f"a curriculum needs ranks and {manifest.path} has none: method {method!r} orders no "
+            "rows; select by a score"
+        )
+    if epochs == 1:
+        asked = {"start": 1.0, "stages": 256, **asked}
+    if "hard" not in asked:
+        selection = manifest.content["selection"]
+        end = hard_end(selection, _high_means(manifest, selection["by"]))
+        if end is None:
+            raise ValueError(
+                f"it is not known whether the first ranks of {manifest.path} are the hard rows; "
+                "say so: hard=first or hard=last"
+            )
+        asked = {**asked, "hard": end}
+    return asked
+
+
+def _high_means(manifest: Manifest, by: str | None) -> str | None:
+    for table in manifest.content["scores"]:
+        if by in table["scorers"]:
+            return scorer_from_spec(table["scorers"][by]).direction.high_means
+    return None
+
+
+def _batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
+    for batch in manifest.batches():
+        yield _whole(batch)
+
+
+def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Give the batch the column `rank`, null where the selection has none."""
+    if "rank" in batch.schema.names:
+        return batch
+    return batch.append_column("rank", pa.nulls(batch.num_rows, pa.int32()))
+
+
+class _Groups:
+    """Gives each row its group while the parts are written, and counts the groups."""
+
+    def __init__(self, manifest: Manifest, by_group: str | None) -> None:
+        self.names: list[str] = []
+        self.rows: list[int] = []
+        self._manifest = manifest
+        self._codes: dict[str, int] = {}
+        self._source: RowSource | None = None
+        if by_group is not None:
+            self._column = by_group
+            self._source = RowSource.of_manifest(manifest, [by_group])
+        elif "group" in first_columns(manifest):
+            self._known = list(manifest.content["selection"]["params"]["groups"])
+        else:
+            raise ValueError(
+                "cooldown needs groups: by_group=COLUMN, a column of the corpus, or a mixture"
+            )
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        start = 0
+        for batch in map(_whole, self._manifest.batches()):
+            stop = start + batch.num_rows
+            if self._source is None:
+                codes = self._counted([self._known[i] for i in batch.column("group").to_pylist()])
+            else:
+                tables = self._source.stream(start, stop)
+                codes = self._counted([v for t in tables for v in t[self._column].to_pylist()])
+            if "group" in batch.schema.names:
+                batch = batch.drop_columns(["group"])
+            yield batch.append_column("group", pa.array(codes))
+            start = stop
+
+    def _counted(self, values: list[Any]) -> Int32[ndarray, " n"]:
+        codes = np.empty(len(values), dtype=np.int32)
+        for i, value in enumerate(values):
+            name = str(value)
+            if name not in self._codes:
+                if len(self.names) == MAX_GROUPS:
+                    raise ValueError(
+                        f"column {self._column!r} has more than {MAX_GROUPS} values; cooldown "
+                        "needs a column of groups"
+                    )
+                self._codes[name] = len(self.names)
+                self.names.append(name)
+                self.rows.append(0)
+            codes[i] = self._codes[name]
+            self.rows[codes[i]] += 1
+        return codes
