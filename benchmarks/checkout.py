@@ -33,7 +33,9 @@ def _link() -> None:
 
 def _stand_in() -> None:
     module = ModuleType("jaxtyping")
-    module.__getattr__ = lambda name: _Annotation  # type: ignore[method-assign]
+    # No `__getattr__` for whatever name comes: `inspect` asks every module for its `__file__`.
+    for name in ("Float", "Int", "Bool", "Integer", "Num", "Shaped", "UInt8", "Int32", "Int64"):
+        setattr(module, name, _Annotation)
     sys.modules["jaxtyping"] = module
 
 

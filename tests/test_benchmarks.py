@@ -220,15 +220,16 @@ def test_scripts_say_how_they_are_used(script: str) -> None:
 # What a bare GPU machine lacks, and curate installed; given to a process before anything else.
 BARE = """
 import runpy, sys
-class Missing:
+from importlib.machinery import PathFinder
+class Bare(PathFinder):
     names = {"ray", "datasets", "faiss", "pyarrow", "jaxtyping", "hypothesis", "pytest", "typer"}
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in cls.names else PathFinder.find_spec(name, path, target)
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 sys.path_hooks[:] = [h for h in sys.path_hooks if "__editable__" not in str(h)]
 sys.path[:] = [p for p in sys.path if "__editable__" not in p]
-sys.meta_path.insert(0, Missing())
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
 sys.path[0] = script.rpartition("/")[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curate.kernels.grad_tiles import rotated_sq_norm
 from curate.kernels.rademacher import stream_key
+from curate.kernels.sparse_projection import sparse_project
 from curate.scorers.parts import Gradient
 from curate.scorers.passes import Needs
 from curate.scorers.protocol import IGNORE, Batch
@@ -40,7 +41,7 @@ def signal(case: str, readout: Readout) -> Call:
     def call() -> Tensor:
         found = run()[""]
         parts = [found[name] for name in order]
-        if case in (TWO_SIDED,):
+        if case == TWO_SIDED:
             return torch.cat(parts, 1) * TO_SUM
         return torch.stack(parts).sum(0) * (TO_SUM if case == ONE_SIDED else TO_SUM**2)
 
@@ -82,8 +83,6 @@ def _names(case: str) -> frozenset[str]:
 
 
 def _one_sided() -> Readout:
-    from curate.kernels.sparse_projection import sparse_project
-
     def readout(gradient: Gradient) -> Tensor:
         assert gradient.pair is not None, "the block matrices are linear layers'"
         key = stream_key(0, gradient.name, "whole")
