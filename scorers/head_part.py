@@ -9,14 +9,15 @@ a few rows were at hand (`kernels/linear_head.py`); only a readout that has no s
 errors again, a few rows at a time.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from curate.kernels.dot import grad_dot
-from curate.kernels.grad_norm import accumulable, inner
+from curate.kernels.grad_norm import SCRATCH, accumulable, inner
 from curate.kernels.linear_head import HeadSums, head_error, head_gram_sq_norm, head_sq_norm
 from curate.kernels.rademacher import Key
 from curate.kernels.sketch import sketch_from_sides, sketch_side
@@ -51,10 +52,36 @@ class HeadPart:
         )
         return error * self.seeds[rows, :, None]
 
+    def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (rows, left [r, 1, p, v], right [r, 1, p, d]), a bounded number of errors at a
+        time: what is linear in G is the sum over the pieces."""
+        rows, tokens = self.targets.shape
+        most = max(1, SCRATCH // len(self.weight))
+        step = max(1, most // max(1, tokens))
+        for row in range(0, rows, step):
+            part = slice(row, min(row + step, rows))
+            for start in range(0, tokens, most):
+                piece = self._tokens(slice(start, start + most))
+                yield part, piece.error(part)[:, None], piece.right[part]
+
+    def _tokens(self, part: slice) -> "HeadPart":
+        sums = self.sums._replace(
+            lse=self.sums.lse[:, part], error_target=self.sums.error_target[:, part]
+        )
+        return replace(
+            self,
+            hidden=self.hidden[:, part],
+            targets=self.targets[:, part],
+            sums=sums,
+            seeds=self.seeds[:, part],
+        )
+
     def bias_gradient(self) -> Float[Tensor, "b v"]:
         """Return sum_t seed_t e_t, the gradient of the head's bias."""
-        made = [self.error(slice(b, b + 1)).sum(1) for b in range(len(self.hidden))]
-        return torch.cat(made)
+        out = self.seeds.new_zeros(len(self.hidden), len(self.weight))
+        for rows, left, _ in self.pieces():
+            out[rows] += left.sum((1, 2))
+        return out
 
     def sq_norm(self) -> Float[Tensor, " b"]:
         """Return ||G||_F^2."""
@@ -87,7 +114,10 @@ class HeadPart:
     def alignment(self) -> Float[Tensor, " b"]:
         """Return <G, W>."""
         if self.sums.aligned is None:
-            return grad_dot(self.left, self.right, self.weight[None])[:, 0]
+            out = torch.zeros_like(self.seeds[:, 0])
+            for rows, left, right in self.pieces():
+                out[rows] += grad_dot(left, right, self.weight[None])[:, 0]
+            return out
         return (self.sums.aligned * self.seeds).sum(1)
 
     def logit_norm(self) -> Float[Tensor, " b"]:

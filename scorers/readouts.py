@@ -17,8 +17,13 @@ from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_n
 from curate.kernels.projection import project, project_matrix, project_rows
 from curate.kernels.rademacher import Key, stream_key
 from curate.kernels.sketch import sketch, sketch_matrix, sketch_rows, sketch_vector
+from curate.kernels.sparse_projection import (
+    sparse_project,
+    sparse_project_matrix,
+    sparse_project_rows,
+)
 from curate.scorers.head_part import HeadPart
-from curate.scorers.parts import Convolved, Gradient
+from curate.scorers.parts import Convolved, Gradient, Pair
 
 Readout = Callable[[Gradient], Tensor]
 """From a parameter's gradient to [B] or [B, k]."""
@@ -103,7 +108,7 @@ class TwoSidedSketch:
         elif isinstance(pair, HeadPart) and pair.sums.sketch is not None:
             total.append(pair.sketch(keys, self.k))
         elif pair is not None:
-            total.append(sketch(pair.left, pair.right, keys, self.k))
+            total.append(_of_pair(pair, lambda a, b: sketch(a, b, keys, self.k)))
         if gradient.indexed is not None:
             total.append(sketch_rows(gradient.indexed.index, gradient.indexed.right, keys, self.k))
         if gradient.full is not None:
@@ -118,22 +123,45 @@ class TwoSidedSketch:
 
 @dataclass(frozen=True)
 class Projection:
-    """The whole parameter one-sided to k."""
+    """The whole parameter one-sided to k: a sparse Johnson-Lindenstrauss map, or a dense one.
+
+    Inner products have the same mean and at most the same variance by either; the dense map takes
+    k multiplications per weight (`kernels/projection.py`), the sparse one does not.
+    """
 
     seed: int
     k: int
+    is_sparse: bool = False
 
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b k"]:
         key, total = stream_key(self.seed, gradient.name, "whole"), list[Tensor]()
+        pair_to_k, rows_to_k, matrix_to_k = (
+            (sparse_project, sparse_project_rows, sparse_project_matrix)
+            if self.is_sparse
+            else (project, project_rows, project_matrix)
+        )
         if gradient.pair is not None:
-            total.append(project(gradient.pair.left, gradient.pair.right, key, self.k))
+            total.append(_of_pair(gradient.pair, lambda a, b: pair_to_k(a, b, key, self.k)))
         if gradient.indexed is not None:
             index, right = gradient.indexed.index, gradient.indexed.right
-            total.append(project_rows(index, right, key, self.k))
+            total.append(rows_to_k(index, right, key, self.k))
         if gradient.full is not None:
             grad = gradient.full.grad.reshape(-1, *gradient.matrix_shape)
-            total.append(project_matrix(grad, key, self.k))
+            total.append(matrix_to_k(grad, key, self.k))
         return torch.stack(total).sum(0)
+
+
+def _of_pair(
+    pair: Pair | Convolved | HeadPart, read: Callable[[Tensor, Tensor], Tensor]
+) -> Float[Tensor, "b k"]:
+    """Return something linear in the gradient, from a few of a head's errors at a time."""
+    if not isinstance(pair, HeadPart):
+        return read(pair.left, pair.right)
+    parts: dict[int, Tensor] = {}
+    for rows, left, right in pair.pieces():
+        value = read(left, right)
+        parts[rows.start] = parts[rows.start] + value if rows.start in parts else value
+    return torch.cat(list(parts.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +176,7 @@ class Dots:
         if isinstance(pair := gradient.pair, HeadPart) and pair.sums.dots is not None:
             total.append(pair.dots())
         elif pair is not None:
-            total.append(grad_dot(pair.left, pair.right, v))
+            total.append(_of_pair(pair, lambda a, b: grad_dot(a, b, v)))
         if gradient.indexed is not None:
             total.append(grad_dot_rows(gradient.indexed.index, gradient.indexed.right, v))
         if gradient.full is not None:

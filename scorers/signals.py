@@ -4,13 +4,14 @@ Shapes: B rows, k sketch size, M directions, D hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from curate.kernels.grad_norm import accumulable
+from curate.kernels.sparse_projection import MOST_OUTPUTS
 from curate.scorers.head import STATISTICS
 from curate.scorers.passes import Harvest, Needs
 from curate.scorers.prepared import named_parameters
@@ -30,6 +31,7 @@ def signals(
     *,
     params: str | None = None,
     sketch_dim: int | tuple[int, ...] = 32,
+    jl: Literal["sparse", "dense"] | None = None,
     seed: int = 0,
     directions: Sequence[Mapping[str, Tensor]] | None = None,
     probe: bool = True,
@@ -45,8 +47,10 @@ def signals(
     weight_alignment. Per row a vector:
         sketch       `sketch_dim=k` or `(k_o, k_i)`: every matrix two-sided to k_o x k_i, every
                      vector one-sided to k_o * k_i, concatenated in the order of the model's
-                     parameters; `(k,)`: the whole gradient one-sided to k. Inner products of
-                     sketches estimate those of gradients without bias, for equal `seed`.
+                     parameters; `(k,)`: the whole gradient one-sided to k, by a sparse map where
+                     k is a power of two up to 16384 and a dense one elsewhere, or as `jl` says.
+                     Inner products of sketches of one kind and `seed` estimate those of
+                     gradients without bias.
         grad_dot     inner products with `directions`, each {parameter name: tensor}; [B, M]
         embedding    the input of the head; a mean over target tokens where there are several
         input_grad   gradient of the loss with respect to the model's float input (or the
@@ -77,7 +81,7 @@ def signals(
     core.ready(batch)
     names = core.names(pattern) if gradients else frozenset()
     needs = Needs(
-        readouts=_readouts(wants, names, sketch_dim, seed, directions, core),
+        readouts=_readouts(wants, names, sketch_dim, jl, seed, directions, core),
         statistics=bool(wants & STATISTICS),
         logit_norm="el2n_seq" in wants,
         alignment="weight_alignment" in wants,
@@ -92,6 +96,7 @@ def _readouts(
     wants: set[str],
     names: frozenset[str],
     sketch_dim: int | tuple[int, ...],
+    jl: str | None,
     seed: int,
     directions: Sequence[Mapping[str, Tensor]] | None,
     core: WatchedModel,
@@ -103,15 +108,26 @@ def _readouts(
         sides = (sketch_dim, sketch_dim) if isinstance(sketch_dim, int) else sketch_dim
         if len(sides) not in (1, 2) or any(k < 1 for k in sides):
             raise ValueError(f"sketch_dim must be k, (k_o, k_i) or (k,), not {sketch_dim!r}")
-        two = len(sides) == 2
-        readouts["sketch"] = (
-            names,
-            TwoSidedSketch(seed, (sides[0], sides[1])) if two else Projection(seed, sides[0]),
-        )
+        if len(sides) == 2:
+            readouts["sketch"] = names, TwoSidedSketch(seed, (sides[0], sides[1]))
+        else:
+            readouts["sketch"] = names, Projection(seed, sides[0], _is_sparse(sides[0], jl))
     if "grad_dot" in wants:
         stacked = _stacked(directions, core)
         readouts["grad_dot"] = names & stacked.keys(), Dots(stacked)
     return readouts
+
+
+def _is_sparse(k: int, jl: str | None) -> bool:
+    fits = k.bit_count() == 1 and k <= MOST_OUTPUTS
+    if jl not in (None, "sparse", "dense"):
+        raise ValueError(f"jl must be 'sparse' or 'dense', not {jl!r}")
+    if jl == "sparse" and not fits:
+        raise ValueError(
+            f"a sparse map needs a power of two up to {MOST_OUTPUTS} in sketch_dim, not {k}; "
+            "choose one, or jl='dense'"
+        )
+    return fits if jl is None else jl == "sparse"
 
 
 def _stacked(

@@ -360,6 +360,8 @@ def test_a_batch_of_one_row(kit) -> None:
         (dict(want=["grad_dot"], directions=[{"nope": torch.ones(1)}]), "'nope', which is no par"),
         (dict(want=["sketch"], sketch_dim=(0,)), "sketch_dim must be"),
         (dict(want=["sketch"], sketch_dim=(2, 2, 2)), "sketch_dim must be"),
+        (dict(want=["sketch"], sketch_dim=(6,), jl="sparse"), "power of two"),
+        (dict(want=["sketch"], sketch_dim=(8,), jl="thin"), "jl must be"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(kit, call, message) -> None:

@@ -52,6 +52,7 @@ def test_sketches_dots_and_projections_are_those_of_the_true_gradient(sampled) -
     from curate.kernels.projection import project_matrix
     from curate.kernels.rademacher import stream_key
     from curate.kernels.sketch import sketch_matrix, sketch_vector
+    from curate.kernels.sparse_projection import sparse_project_matrix
 
     directions = [{n: torch.randn_like(g[0]) for n, g in sampled.truth.items()} for _ in range(2)]
     wants = ("sketch", "grad_dot")
@@ -64,10 +65,14 @@ def test_sketches_dots_and_projections_are_those_of_the_true_gradient(sampled) -
         seed=5,
         directions=directions,
     )
-    whole = signals(
-        sampled.model, sampled.batch, sampled.loss, ["sketch"], sketch_dim=(8,), seed=5, probe=False
-    )
-    sketches, projection, dots = [], 0, 0
+    dense, sparse = (
+        signals(
+            sampled.model, sampled.batch, sampled.loss, ["sketch"], sketch_dim=(8,), seed=5, jl=jl,
+            probe=False,
+        )["sketch"]
+        for jl in ("dense", None)
+    )  # fmt: skip
+    sketches, projection, scattered, dots = [], 0, 0, 0
     for name, g in sampled.truth.items():
         keys = {side: stream_key(5, name, side) for side in ("rows", "columns", "whole")}
         matrix = g.reshape(len(g), g.shape[1] if g.dim() > 2 else 1, -1)
@@ -76,10 +81,12 @@ def test_sketches_dots_and_projections_are_those_of_the_true_gradient(sampled) -
         else:
             sketches.append(sketch_vector(matrix[:, 0], keys["whole"], 12))
         projection = projection + project_matrix(matrix, keys["whole"], 8)
+        scattered = scattered + sparse_project_matrix(matrix, keys["whole"], 8)
         dots = dots + torch.stack([(g * d[name]).reshape(len(g), -1).sum(1) for d in directions], 1)
     torch.testing.assert_close(got["sketch"], torch.cat(sketches, 1), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got["grad_dot"], dots, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(whole["sketch"], projection, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(dense, projection, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sparse, scattered, rtol=1e-9, atol=1e-12)
 
 
 def test_neither_batch_size_nor_order_matters(sampled) -> None:
