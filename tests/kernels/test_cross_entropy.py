@@ -1,6 +1,8 @@
 """Token cross entropy against float64 torch, and on rows where the naive form cancels."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,8 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.kernels import cross_entropy
-from curate.kernels.cross_entropy import token_cross_entropy, token_statistics
+from curate.kernels import cross_entropy, online_softmax
+from curate.kernels.cross_entropy import (
+    gathering,
+    token_cross_entropy,
+    token_statistics,
+    token_sums,
+)
+from curate.kernels.softmax_tiles import partial_sums
 
 
 def _truth(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -26,6 +34,11 @@ def _truth(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tenso
         "entropy": torch.special.entr(p).sum(-1),
         "margin": (z * one_hot).sum(-1) - rest.amax(-1),
         "correct": (z.argmax(-1) == y).double(),
+        "error_target": -p.masked_fill(one_hot.bool(), 0.0).sum(-1),
+        "lse": z.logsumexp(-1),
+        "sq_prob": p.square().sum(-1),
+        "argmax": z.argmax(-1).double(),
+        "aligned": ((p - one_hot) * z).nan_to_num().sum(-1),
     }
     return {k: v.masked_fill(y == -100, 0.0).reshape(targets.shape) for k, v in out.items()}
 
@@ -43,14 +56,63 @@ def test_agrees_with_float64(shape, classes, scale, dtype, seed) -> None:
     logits = (torch.randn(*shape, classes, generator=gen) * scale).to(dtype)
     targets = torch.randint(0, classes, shape, generator=gen)
     targets = targets.masked_fill(torch.rand(shape, generator=gen) < 0.2, -100)
-    truth = _truth(logits, targets)
-    loss, stats = token_cross_entropy(logits, targets), token_statistics(logits, targets)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for name, got in [("loss", loss), *stats._asdict().items()]:
-        torch.testing.assert_close(got.double(), truth[name], rtol=2e-5, atol=2e-5 * max(1, scale))
+    _check(logits, targets)
 
 
-def test_confident_rows_keep_their_relative_accuracy() -> None:
+def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
+    """Everything that one pass gives, within float32's rounding of the largest logit."""
+    truth, sums = _truth(logits, targets), token_sums(logits, targets)
+    assert sums.loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    real = logits.double()[targets != -100]
+    scale = float(real[real.isfinite()].abs().amax()) if real.numel() else 0.0
+    for name, got in sums._asdict().items():
+        want = truth[name]
+        torch.testing.assert_close(
+            got.double(),
+            want,
+            rtol=2e-5,
+            atol=8e-6 * max(1, scale),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    assert torch.equal(token_cross_entropy(logits, targets), sums.loss)
+    assert all(map(torch.equal, token_statistics(logits, targets), sums.statistics))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+# Widths on both sides of every block (16, 128, 1024, 2048), and one that takes two parts.
+@pytest.mark.parametrize("classes", [1, 2, 16, 17, 129, 1025, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_agrees_with_float64(classes, dtype, backend, device, poisoned) -> None:
+    logits = (torch.randn(3, classes + 3) * 10).to(dtype)[:, :classes]  # rows apart
+    targets = torch.tensor([classes - 1, -100, 0])
+    logits[1] = torch.nan
+    _check(logits.to(device), targets.to(device))
+    z = logits.to(device).requires_grad_()
+    seed = torch.tensor([2.0, torch.inf, -0.5], device=device)
+    (grad,) = torch.autograd.grad(token_cross_entropy(z, targets.to(device)), z, seed)
+    one_hot = F.one_hot(targets.clamp(min=0), classes)
+    exact = (logits.double().softmax(-1) - one_hot) * seed.cpu()[:, None]
+    exact[1] = 0.0
+    # One rounding to the logits' dtype, and before it float32's of log-sum and exponent.
+    steps = 2**-22 * float(logits.detach().nan_to_num().abs().amax())
+    rtol = torch.finfo(dtype).eps + steps
+    torch.testing.assert_close(grad.cpu().double(), exact, rtol=rtol, atol=2**-24)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_parts_of_the_classes_are_merged_in_order(backend, device) -> None:
+    """Few tokens are split over the classes; where the first of equal maxima lies still counts."""
+    logits = torch.zeros(2, 5000, device=device)
+    logits[:, [3000, 4500]] = 1.0
+    targets = torch.tensor([4500, 3000], device=device)
+    assert len(partial_sums(logits, targets)) == 3
+    sums = token_sums(logits, targets)
+    assert sums.argmax.tolist() == [3000, 3000] and sums.correct.tolist() == [0.0, 1.0]
+    _check(logits.cpu(), targets.cpu())
+    assert all(map(torch.equal, sums, token_sums(logits, targets))), "not the same bits again"
+
+
+def test_confident_rows_keep_their_relative_accuracy(backend, device) -> None:
     """At ||e|| from 1e-2 to 1e-12 in float32; autograd's own p - y loses all digits on the way."""
     gap, rtol = torch.linspace(4, 28, 13), 4e-6  # one float32 step of a sum near 28 is 2e-6
     logits = torch.zeros(13, 5)
@@ -59,6 +121,7 @@ def test_confident_rows_keep_their_relative_accuracy() -> None:
     targets = torch.full((13,), 2)
     truth = (logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)).clone()
     truth[:, 2] = -(truth.sum(-1) - truth[:, 2])
+    logits, targets, truth = logits.to(device), targets.to(device), truth.to(device)
     z = logits.clone().requires_grad_()
     loss = token_cross_entropy(z, targets)
     (error,) = torch.autograd.grad(loss.sum(), z)
@@ -77,11 +140,11 @@ def test_gradient_is_the_numerical_one_and_scales_with_its_seed() -> None:
     assert torch.autograd.gradcheck(lambda z: token_cross_entropy(z, targets), (logits,))
 
 
-def test_ignored_tokens_give_zero_even_where_logits_are_nan() -> None:
-    logits = torch.randn(4, 7)
+def test_ignored_tokens_give_zero_even_where_logits_are_nan(backend, device) -> None:
+    logits = torch.randn(4, 7, device=device)
     logits[1] = torch.nan
     logits.requires_grad_()
-    targets = torch.tensor([0, -100, 6, -100])
+    targets = torch.tensor([0, -100, 6, -100], device=device)
     loss = token_cross_entropy(logits, targets)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert loss[1] == loss[3] == 0
@@ -106,13 +169,14 @@ def test_el2n_of_uniform_probabilities_and_of_two_classes() -> None:
     torch.testing.assert_close(token_statistics(z, y).el2n, 2**0.5 * (1 - p_y))
 
 
-def test_masked_classes_and_ties() -> None:
-    logits = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, 3.0, -torch.inf]])
-    stats = token_statistics(logits, torch.tensor([1, 1]))
+def test_masked_classes_and_ties(backend, device) -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, 3.0, -torch.inf]], device=device)
+    targets = torch.tensor([1, 1], device=device)
+    stats = token_statistics(logits, targets)
     assert stats.correct.tolist() == [0.0, 1.0]  # the first of equal logits is the prediction
     assert stats.entropy.tolist() == pytest.approx([math.log(2), 0.0])
     z = logits.requires_grad_()
-    loss = token_cross_entropy(z, torch.tensor([1, 1]))
+    loss = token_cross_entropy(z, targets)
     assert torch.autograd.grad(loss.sum(), z)[0].isfinite().all()
 
 
@@ -122,3 +186,52 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_CPU", 37)
     for a, b in zip(whole, token_statistics(logits, targets), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("width", [1, 7, 256, 300, 512, 1300])
+def test_first_maximum_is_the_first_of_equals(width) -> None:
+    z = torch.randint(0, 4, (50, width)).float()
+    top, at = online_softmax.first_max(z)
+    assert torch.equal(top, z.amax(1))
+    # numpy's arg-max is documented to return the first.
+    assert at.tolist() == z.numpy().argmax(1).tolist()
+
+
+def test_gathering_keeps_what_the_loss_has_read(backend, device) -> None:
+    logits, targets = (
+        torch.randn(2, 5, 9, device=device),
+        torch.randint(0, 9, (2, 5), device=device),
+    )
+    logits.requires_grad_()
+    with gathering() as gathered:
+        loss = token_cross_entropy(logits, targets)
+        kept = gathered.statistics(logits)
+    assert kept is not None
+    assert all(map(torch.equal, kept, token_statistics(logits, targets)))
+    assert gathered.statistics(logits.detach()) is kept, "the same numbers in the same place"
+    assert gathered.statistics(logits.detach().clone()) is None
+    assert gathered.statistics(logits[:, 1:]) is None
+    assert torch.equal(loss, token_cross_entropy(logits, targets))
+    with torch.no_grad():
+        logits.mul_(2)
+    assert gathered.statistics(logits) is None, "the logits are others now"
+
+
+def test_gathering_holds_no_logits_and_ends_with_its_block() -> None:
+    targets = torch.zeros(3, dtype=torch.long)
+    with gathering() as outer:
+        with gathering() as inner:
+            logits = torch.randn(3, 4)
+            token_cross_entropy(logits, targets)
+        assert inner.statistics(logits) is not None and outer.statistics(logits) is None
+        storage = weakref.ref(logits.untyped_storage())
+        address = logits.data_ptr()
+        del logits
+        gc.collect()
+        assert storage() is None
+        # Whatever comes to lie at the old address is something else.
+        again = [torch.randn(3, 4) for _ in range(64)]
+        assert all(inner.statistics(x) is None for x in again), hex(address)
+        after = torch.randn(3, 4)
+    token_cross_entropy(after, targets)
+    assert outer.statistics(after) is None
