@@ -27,7 +27,7 @@ log = logging.getLogger("curate.selectors")
 Share = Callable[["Int64[ndarray, ' g']", int], "Int64[ndarray, ' g']"]
 Inside = Callable[[Candidates], "Bool[ndarray, ' n']"]
 Weights = Callable[[Candidates], "Float64[ndarray, ' n']"]
-Weigh = Callable[[First, float], Weights]
+Weigh = Callable[[First, float], Weights | None]
 """Makes the weights of chosen rows when the cuts are known, and which share of all they keep."""
 
 
@@ -106,7 +106,7 @@ class Choice:
         weights = None if weigh is None else weigh(kept, min(1.0, amount / max(1, supply)))
         inside = _between(dropped, kept) if skip else kept.mask()
         rows = _emit(ordering, inside, self.carry, weights)
-        return Selection(_finished(rows, self.ranked), _ties(kept))
+        return Selection(finished(rows, self.ranked), _ties(kept))
 
     def choose_in_groups(
         self,
@@ -124,7 +124,7 @@ class Choice:
         _check_supply(budget, amount, supply, may_fall_short)
         weights = None if weigh is None else weigh(front, min(1.0, amount / max(1, supply)))
         rows = _emit(ordering, front.mask(), self.carry, weights)
-        return Selection(_finished(rows, ranked=False), _ties(front))
+        return Selection(finished(rows, ranked=False), _ties(front))
 
     def choose_middle(self, ordering: Ordering, budget: Budget) -> Selection:
         """Return the rows in the middle of the order, of each group where there are groups.
@@ -152,7 +152,7 @@ class Choice:
             (kept,), _ = find_cuts(ordering, lambda left: [np.minimum(left, size[: len(left)])])
             inside = kept.mask()
         rows = _emit(ordering, inside, self.carry, None)
-        return Selection(_finished(rows, ranked=False), _ties(kept))
+        return Selection(finished(rows, ranked=False), _ties(kept))
 
     def counted(self, ordering: Ordering, budget: Budget) -> Ordering:
         """Return the order with rows counted as the budget counts them."""
@@ -189,7 +189,7 @@ class Choice:
             return kept
 
         rows = _emit(grouped, inside, self.carry, None)
-        return Selection(_finished(rows, ranked=False), _ties(last))
+        return Selection(finished(rows, ranked=False), _ties(last))
 
 
 def in_groups(ordering: Ordering, budgets: GroupBudgets) -> Ordering:
@@ -249,7 +249,7 @@ def _emit(
             yield batch, chosen.key
 
 
-def _finished(
+def finished(
     rows: Iterator[tuple[pa.RecordBatch, UInt32[ndarray, " n"]]], ranked: bool
 ) -> Iterator[pa.RecordBatch]:
     """Yield the batches with `weight` and `rank`, null where there is none."""
