@@ -4,12 +4,14 @@ Shapes: S sequences, C channels.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curate.kernels.elementwise import channel_products, channel_sum, norm_products, token_sum
 from curate.kernels.grad_norm import accumulable
 from curate.scorers.parts import Full, Layout, Part
 from curate.scorers.uses import Lookup, Saved, Use, by_role, per_channel
@@ -24,10 +26,9 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Use | None:
-    return _norm(
-        "layer_norm", param, input, weight, bias, len(normalized_shape),
-        lambda x: F.layer_norm(x, list(normalized_shape), None, None, eps),
-    )  # fmt: skip
+    return _token_norm(
+        "layer_norm", param, input, weight, bias, len(normalized_shape), eps, centred=True
+    )
 
 
 def rms_norm(
@@ -35,10 +36,9 @@ def rms_norm(
 ) -> Use | None:
     # The default eps is that of the input's own dtype, not of the dtype that we sum in.
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _norm(
-        "rms_norm", param, input, weight, None, len(normalized_shape),
-        lambda x: F.rms_norm(x, list(normalized_shape), None, eps),
-    )  # fmt: skip
+    return _token_norm(
+        "rms_norm", param, input, weight, None, len(normalized_shape), eps, centred=False
+    )
 
 
 def group_norm(
@@ -50,10 +50,11 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Use | None:
-    return _norm(
-        "group_norm", param, input, weight, bias, 0,
-        lambda x: F.group_norm(x, num_groups, None, None, eps),
-    )  # fmt: skip
+    def products(g: Tensor, x: Tensor) -> Tensor:
+        normalised = F.group_norm(accumulable(x), num_groups, None, None, eps)
+        return channel_products(_positions(normalised), _positions(g))
+
+    return _channel_norm("group_norm", param, input, weight, bias, products)
 
 
 def batch_norm(
@@ -71,9 +72,47 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         return None  # statistics of the batch: rows depend on one another
     mean, var = running_mean, running_var
+
+    def products(g: Tensor, x: Tensor) -> Tensor:
+        found = channel_products(_positions(x), _positions(g), mean)
+        return found * (var.to(found.dtype) + eps).rsqrt()
+
+    return _channel_norm("batch_norm", param, input, weight, bias, products)
+
+
+def _token_norm(
+    kind: str, param: Lookup, x: Tensor, weight: Any, bias: Any, trailing: int, eps: float,
+    *, centred: bool,
+) -> Use | None:  # fmt: skip
+    """output = normalised(x) * w + b over the last `trailing` axes, token by token."""
+
+    def tokens(y: Tensor, layout: Layout) -> Tensor:
+        y, features = layout.rows_first(y), y.shape[y.dim() - trailing :]
+        return y.reshape(len(y), prod(y.shape[1 : y.dim() - trailing]), features.numel())
+
+    def products(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
+        found = norm_products(tokens(g, layout), tokens(x, layout), eps=eps, centred=centred)
+        return found.view(-1, *x.shape[x.dim() - trailing :])
+
+    def sums(g: Tensor, layout: Layout) -> Tensor:
+        return token_sum(tokens(g, layout)).view(-1, *g.shape[g.dim() - trailing :])
+
+    def takes_row_axis(axis: int, axes: int) -> bool:
+        return axis < axes - trailing
+
+    return _norm(kind, param, x, weight, bias, products, sums, takes_row_axis)
+
+
+def _channel_norm(
+    kind: str, param: Lookup, x: Tensor, weight: Any, bias: Any,
+    products: Callable[[Tensor, Tensor], Tensor],
+) -> Use | None:  # fmt: skip
+    """output = normalised(x) * w + b per channel; `products(g, x)` is [N, C]."""
     return _norm(
-        "batch_norm", param, input, weight, bias, 0,
-        lambda x: F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), None, None, False, 0.0, eps),
+        kind, param, x, weight, bias,
+        lambda g, x, layout: per_channel(products(g, x), layout),
+        lambda g, layout: per_channel(channel_sum(_positions(g)), layout),
+        lambda axis, axes: axis == 0,
     )  # fmt: skip
 
 
@@ -83,33 +122,30 @@ def _norm(
     x: Tensor,
     weight: Any,
     bias: Any,
-    trailing: int,
-    normalised: Callable[[Tensor], Tensor],
+    products: Callable[[Tensor, Tensor, Layout], Tensor],
+    sums: Callable[[Tensor, Layout], Tensor],
+    takes_row_axis: Callable[[int, int], bool],
 ) -> Use | None:
-    """output = normalised(x) * w + b over the last `trailing` axes, or if 0 per channel."""
+    """output = normalised(x) * w + b, with the gradients of w and b per sequence."""
     w, b = param(weight), param(bias)
     if param(x) or any(p is not None and p.transposed for p in (w, b)):
         return None
     a = Saved(x)
 
-    def total(y: Tensor, layout: Layout) -> Tensor:
-        if trailing == 0:
-            return per_channel(y, layout)
-        y = layout.rows_first(y)
-        return y.reshape(len(y), -1, *y.shape[y.dim() - trailing :]).sum(1)
-
     def parts(g: Tensor, layout: Layout, roles: frozenset[str]) -> dict[str, Part]:
-        g, out = accumulable(g), dict[str, Part]()
+        out: dict[str, Part] = {}
         if "weight" in roles:
-            out["weight"] = Full(total(g * normalised(accumulable(a.get())), layout))
+            out["weight"] = Full(products(g, a.get(), layout))
         if "bias" in roles:
-            out["bias"] = Full(total(g, layout))
+            out["bias"] = Full(sums(g, layout))
         return out
 
-    def takes_row_axis(axis: int, axes: int) -> bool:
-        return axis < axes - trailing if trailing else axis == 0
-
     return Use(kind, by_role(weight=w, bias=b), parts, takes_row_axis, [a])
+
+
+def _positions(x: Tensor) -> Tensor:
+    """Return [N, C, positions]."""
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
 def _elementwise(
