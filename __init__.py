@@ -16,6 +16,7 @@ _HOME = {
     "Selector": "curate.selectors.protocol",
     "Task": "curate.pipeline.tasks.task",
     "evaluate": "curate.pipeline.evaluation.evaluate",
+    "export": "curate.pipeline.exporting.export",
     "load_manifest": "curate.pipeline.manifests.loader",
     "open_corpus": "curate.pipeline.reading.corpus",
     "score": "curate.pipeline.scoring.score",
@@ -28,6 +29,7 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from curate.pipeline.evaluation.evaluate import evaluate as evaluate
+    from curate.pipeline.exporting.export import export as export
     from curate.pipeline.manifests.loader import load_manifest as load_manifest
     from curate.pipeline.manifests.select import select as select
     from curate.pipeline.reading.corpus import open_corpus as open_corpus

@@ -308,6 +308,216 @@ def select(
 
 
 @app.command()
+def export(
+    manifest: Annotated[str, typer.Argument(help="Manifest folder.")] = "run/manifest",
+    to: Annotated[
+        str | None,
+        typer.Option(help="parquet, jsonl, datasets, mds, webdataset or megatron."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Corpus columns to copy, such as text,label; all by default.")
+    ] = None,
+    epoch: Annotated[
+        int | None,
+        typer.Option(help="Write what this epoch shows: draws, repeats, schedule, order."),
+    ] = None,
+    repeats: Annotated[
+        Literal["rows", "column", "streams"],
+        typer.Option(help="Repeat weights: rows repeated, a column of counts, or MDS streams."),
+    ] = "rows",
+    packing: Annotated[
+        Literal["none", "gz", "zst"] | None,
+        typer.Option(help="Of JSON lines; by default as the corpus's."),
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="Where the data is now, if it moved.")] = None,
+    engine: Engine = "auto",
+    workers: Annotated[int | None, typer.Option(help="Units at a time on Ray.")] = None,
+    ray_address: RayAddress = None,
+    unit_rows: Annotated[int | None, typer.Option(help="Rows per output file.")] = None,
+    seed: Seed = 0,
+    out: Annotated[str, typer.Option("-o", "--out", help="Output folder.")] = "run/export",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Copy a selection's rows with their weights into a trainer's format."""
+    _talk(verbose)
+    from curate.pipeline.exporting.export import export as run
+
+    exported = run(
+        manifest,
+        _required(to, "--to"),
+        out,
+        columns=_names(columns),
+        epoch=epoch,
+        seed=seed,
+        repeats=repeats,
+        packing=packing,
+        corpus=corpus,
+        engine=engine,
+        workers=workers,
+        ray_address=ray_address,
+        unit_rows=unit_rows,
+        overwrite=overwrite,
+    )
+    _print(exported.describe(), as_json, lambda _: str(exported))
+
+
+manifests = typer.Typer(
+    no_args_is_help=True, help="Combine selections: union, intersect, subtract, sample, mix, ..."
+)
+app.add_typer(manifests, name="manifest")
+
+Selections = Annotated[list[str], typer.Argument(help="Manifest folders.")]
+Combined = Annotated[str | None, typer.Option("-o", "--out", help="Folder of the new manifest.")]
+WeightRule = Annotated[
+    Literal["first", "last", "sum", "max", "min"] | None,
+    typer.Option(help="Whose weight wins; first by default, for repeats sum (of all) or min."),
+]
+
+
+@manifests.command()
+def union(
+    paths: Selections,
+    out: Combined = None,
+    weights: WeightRule = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Keep the rows that any of the selections keeps."""
+    _talk(verbose)
+    from curate.pipeline.manifests.algebra import union as run
+
+    _made(run(paths, _required(out, "--out"), weights=weights, overwrite=overwrite), as_json)
+
+
+@manifests.command()
+def intersect(
+    paths: Selections,
+    out: Combined = None,
+    weights: WeightRule = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Keep the rows that all of the selections keep."""
+    _talk(verbose)
+    from curate.pipeline.manifests.algebra import intersect as run
+
+    _made(run(paths, _required(out, "--out"), weights=weights, overwrite=overwrite), as_json)
+
+
+@manifests.command()
+def subtract(
+    paths: Selections,
+    out: Combined = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Keep the rows of the first selection that none of the others keeps."""
+    _talk(verbose)
+    from curate.pipeline.manifests.algebra import subtract as run
+
+    _made(run(paths, _required(out, "--out"), overwrite=overwrite), as_json)
+
+
+@manifests.command()
+def sample(
+    path: Annotated[str, typer.Argument(help="Manifest folder.")],
+    like: Annotated[
+        str | None, typer.Argument(help="As many rows as this manifest keeps; else --budget.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="0.5 or 50% of its rows, or 10000.")] = None,
+    seed: Seed = 0,
+    out: Combined = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Keep a random part of a selection."""
+    _talk(verbose)
+    from curate.pipeline.manifests.algebra import sample as run
+
+    made = run(path, like, _required(out, "--out"), budget=budget, seed=seed, overwrite=overwrite)
+    _made(made, as_json)
+
+
+@manifests.command()
+def mix(
+    paths: Selections,
+    proportions: Annotated[
+        str | None, typer.Option(help="Such as 0.7,0.3; relative to their sum.")
+    ] = None,
+    by: Annotated[
+        Literal["sampling", "loss", "rows"],
+        typer.Option(help="By sampling weights, loss weights, or leaving rows out."),
+    ] = "sampling",
+    budget: Annotated[str | None, typer.Option(help="Rows in all, with --by rows.")] = None,
+    seed: Seed = 0,
+    out: Combined = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put selections of several corpora into one manifest, in proportions."""
+    _talk(verbose)
+    from curate.pipeline.manifests.mixture import mix as run
+
+    text = _required(proportions, "--proportions")
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--proportions {text!r} is not a list such as 0.7,0.3") from None
+    made = run(
+        paths,
+        shares,
+        _required(out, "--out"),
+        by=by,
+        budget=budget,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    _made(made, as_json)
+
+
+@manifests.command()
+def schedule(
+    path: Annotated[str, typer.Argument(help="Manifest folder.")],
+    rule: Annotated[str | None, typer.Option(help="rs2, curriculum or cooldown.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length of the training.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of the rule, such as fraction=0.1.")
+    ] = None,
+    seed: Seed = 0,
+    out: Combined = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Give a selection a schedule: what each epoch shows of it."""
+    _talk(verbose)
+    from curate.pipeline.manifests.rescheduled import schedule as run
+
+    made = run(
+        path,
+        _required(rule, "--rule"),
+        _required(out, "--out"),
+        seed=seed,
+        epochs=epochs,
+        params=_pairs(param, "--param"),
+        overwrite=overwrite,
+    )
+    _made(made, as_json)
+
+
+def _made(manifest: Any, as_json: bool) -> None:
+    """Print a manifest that was made from others."""
+    _print(manifest.describe(), as_json, lambda m: f"{len(manifest)} rows: {m['path']}")
+
+
+@app.command()
 def evaluate(
     corpus: Corpus,
     manifest: Annotated[list[str] | None, typer.Option(help="Manifest folder; repeatable.")] = None,
@@ -553,6 +763,10 @@ def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
             raise ValueError(f"{flag} {item!r} is not KEY=VALUE")
         pairs[key] = yaml.safe_load(value)
     return pairs
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name for name in text.split(",") if name]
 
 
 def _task_options(items: list[str] | None, row_loss: str | None) -> dict[str, Any]:

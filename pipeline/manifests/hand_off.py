@@ -33,6 +33,8 @@ def as_datasets(
 
     The rows are written once to an Arrow file below `cache` (by default the cache folder of
     `datasets`) and found again there while manifest and columns are the same. Memory: one batch.
+    Every row is there once; an `EpochSampler` shows them as sampling weights, repeats or a schedule
+    say (positions are the same).
     """
     import datasets
 
@@ -69,6 +71,7 @@ def as_ray(
     """
     import ray.data
 
+    _refuse_schedule(manifest)
     source = _named(RowSource.of_manifest(manifest, columns))
     spans = [
         {"start": start, "stop": min(start + SPAN_ROWS, len(source))}
@@ -82,6 +85,16 @@ def as_ray(
 
     listed = ray.data.from_items(spans, override_num_blocks=len(spans))
     return listed.map_batches(read, batch_size=1, batch_format="pyarrow")
+
+
+def _refuse_schedule(manifest: "Manifest") -> None:
+    """A stream of every row once would not be what the schedule says."""
+    if manifest.content["schedule"] is not None:
+        rule = manifest.content["schedule"]["rule"]
+        raise ValueError(
+            f"{manifest.path} has a schedule ({rule}), which Ray Data cannot follow; export an "
+            "epoch with `curate export --epoch`, or use as_torch or as_map"
+        )
 
 
 def _named(source: RowSource) -> RowSource:

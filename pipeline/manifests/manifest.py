@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import datasets
     import ray.data
 
+    from curate.pipeline.manifests.map_rows import MapRows
     from curate.pipeline.manifests.schedules import Schedule
     from curate.pipeline.manifests.torch_rows import TorchRows
 
@@ -221,6 +222,15 @@ class Manifest:
 
         reading = Reading(rank, world_size, batch_size, seed, epoch, uneven)
         return TorchRows(RowSource.of_manifest(self, columns), reading, collate)
+
+    def as_map(
+        self, columns: list[str] | None = None, row: Callable[[pa.Table], Any] | None = None
+    ) -> "MapRows":
+        """Return a map-style torch Dataset with a `sampler(...)`; see `MapRows`."""
+        from curate.pipeline.manifests.map_rows import MapRows
+        from curate.pipeline.manifests.row_source import RowSource
+
+        return MapRows(RowSource.of_manifest(self, columns), row)
 
     def as_datasets(
         self, columns: list[str] | None = None, cache: str | Path | None = None
