@@ -57,15 +57,19 @@ def read_use(
 
 _TRANSPOSES = {_T.t, torch.t, _T.T.__get__, _T.mT.__get__}  # type: ignore[attr-defined]
 _SWAPS = {_T.transpose, torch.transpose, _T.swapaxes, torch.swapaxes}
+_SHIFTS = {torch.add, _T.add, _T.__add__, _T.__radd__}
 _CASTS = {_T.to, _T.float, _T.double, _T.half, _T.bfloat16, _T.type_as, _T.contiguous, _T.type}
 
 
 def read_alias(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], p: Param
 ) -> Param | None:
-    """Return the parameter under its new form if the call only transposed or cast it."""
+    """Return the parameter under its new form if its gradient is the same or transposed: a cast,
+    a transpose, or a vector with a number added (Gemma's norms scale by 1 + weight)."""
     if func in _CASTS:
         return p
+    if func in _SHIFTS and len(p.shape) == 1 and not kwargs:
+        return p if len(args) == 2 and isinstance(args[1], (int, float)) else None
     if len(p.shape) != 2:
         return None
     swapped = sorted(int(d) % 2 for d in args[1:] if isinstance(d, int)) == [0, 1]

@@ -255,6 +255,25 @@ def test_one_weight_used_in_several_ways(kit) -> None:
     assert engine.paths["layer.weight"] == "analytic: embedding + linear"
 
 
+class _ScaledByOnePlus(nn.Module):
+    """A norm as Gemma has it: its scale is 1 + weight, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.scale = nn.Embedding(23, 6), nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.word(x)
+        h = F.rms_norm(h, (6,)) * (1.0 + self.scale.to(h.dtype))
+        return self.head(h.sum(1))
+
+
+def test_a_norm_that_scales_by_one_plus_its_weight_is_analytic(kit) -> None:
+    engine = _check(kit, _ScaledByOnePlus().double(), kit.tokens())
+    assert engine.paths["scale"] == "analytic: scale"
+
+
 def test_a_matrix_that_is_also_added_as_it_is(kit) -> None:
     """Factors and a plain gradient of one parameter meet: the norm is taken of their sum."""
 
