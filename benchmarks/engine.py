@@ -15,16 +15,14 @@ autograd's in float64, row by row. Memory is the peak of what torch's allocator 
 """
 
 import argparse
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import checkout  # noqa: F401  (makes curate importable)
 import torch
-import torch.nn.functional as F
+from agreement import compare_with_autograd
 from ceilings import Ceilings, ceilings
 from floor import Work, work
 from memory import peak_bytes, resident_bytes
@@ -32,8 +30,8 @@ from shapes import SHAPES, Shape, outputs, plain_loss
 from timing import Run, in_turns, machine, ratios
 from torch import nn
 
-from curate.scorers.passes import Needs, Passes
-from curate.scorers.protocol import IGNORE, Batch
+from curate.scorers.passes import Needs
+from curate.scorers.protocol import Batch
 from curate.scorers.readouts import Readout, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import WatchedModel
 
@@ -103,10 +101,7 @@ def report(
     yield f"{dtype}, {limits} (matrix product and copy, measured)"
     for shape in shapes:
         yield ""
-        try:
-            yield from table(shape, device, dtype, limits, seconds)
-        except torch.OutOfMemoryError as error:
-            yield f"{shape.title}: out of memory ({str(error).splitlines()[0]})"
+        yield from table(shape, device, dtype, limits, seconds)
 
 
 def table(
@@ -117,25 +112,43 @@ def table(
     model, batch = shape.model(device, dtype), shape.batch(device, dtype)
     counted = work(model, batch, shape.is_causal)
     error, runs = prepare(model, batch)
-    times = in_turns(runs, seconds, device)
-    yield f"{shape.title} ({len(times[FORWARD])} rounds; norms within {error:.0e} of float64)"
+    fitting = {title: run for title, run in runs.items() if _fits(run)}
+    times = in_turns(fitting, seconds, device)
+    rounds = len(next(iter(times.values())))
+    yield f"{shape.title} ({rounds} rounds; norms within {error:.0e} of float64)"
     yield f"{'':38}{'cpu ms':>9}{'wall ms':>9}{'cpu ratio':>11}{'wall ratio':>12}" + (
         f"{'floor':>8}{'w/ bytes':>10}{'peak MB':>9}{'ratio':>7}"
     )
     resident = resident_bytes(model, [*batch.inputs.values(), batch.targets])
     peaks: dict[str, int] = {}
     for variant in VARIANTS:
+        if variant.title not in times:
+            yield f"{variant.title:38}  out of memory"
+            continue
         mine = times[variant.title]
         cpu, wall = (median(getattr(t, name) for t in mine) * 1e3 for name in ("cpu", "wall"))
         line = f"{variant.title:38}{cpu:9.1f}{wall:9.1f}"
         if variant.base:
-            line += "{:11.2f}{:12.2f}".format(*ratios(mine, times[variant.base]))
+            if variant.base in times:
+                line += "{:11.2f}{:12.2f}".format(*ratios(mine, times[variant.base]))
+            else:
+                line += f"{'-':>11}{'-':>12}"
             line += "{:8.2f}{:10.2f}".format(*floors(variant, counted, limits))
         if variant.is_measured_for_memory:
             peaks[variant.title] = peak = peak_bytes(runs[variant.title], resident, device)
             line = f"{line:89}{peak / 2**20:9.0f}"
-            line += f"{peak / peaks[BACKWARD]:7.2f}" if variant.base else ""
+            if variant.base in peaks:
+                line += f"{peak / peaks[variant.base]:7.2f}"
         yield line
+
+
+def _fits(run: Run) -> bool:
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def floors(variant: Variant, counted: Work, limits: Ceilings) -> tuple[float, float]:
@@ -175,56 +188,6 @@ def prepare(model: nn.Module, batch: Batch) -> tuple[float, dict[str, Run]]:
 
     scoring = [lambda need=need: passes.run(batch, need) for need in needs]
     return error, dict(zip((v.title for v in VARIANTS), [forward, backward, *scoring], strict=True))
-
-
-def compare_with_autograd(passes: Passes, batch: Batch) -> float:
-    """Return the error of two rows' squared norms against float64 autograd on the row alone.
-
-    Of rows whose logits would take more than 2 GiB in float64, the first tokens only.
-
-    Raises:
-        RuntimeError: it is larger than that of autograd itself in the model's dtype, and 1e-3 in
-            32 bits or 3e-2 in 16.
-    """
-    batch = _short(batch, passes.model)
-    params = dict(passes.model.named_parameters())
-    found = passes.run(batch, Needs({"n": (frozenset(params), sq_norm)})).readouts["n"]
-    exact = copy.deepcopy(passes.model).double()
-    worst = 0.0
-    for row in {0, batch.rows - 1}:
-        alone = batch.select_rows([row])
-        got = sum(float(values[row]) for values in found.values())
-        truth = _sq_norm(exact, _in_float64(alone))
-        error = abs(got - truth) / truth
-        tolerance = 1e-3 if next(iter(params.values())).dtype == torch.float32 else 3e-2
-        if error > tolerance + abs(_sq_norm(passes.model, alone) - truth) / truth:
-            raise RuntimeError(f"row {row}: squared norm {got}, float64 autograd says {truth}")
-        worst = max(worst, error)
-    return worst
-
-
-def _sq_norm(model: nn.Module, batch: Batch) -> float:
-    params = [p for p in model.parameters() if p.requires_grad]
-    out = model(**batch.inputs)
-    logits = out if isinstance(out, torch.Tensor) else out.logits
-    loss = F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())  # ignores -100
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
-    return sum(float(g.double().square().sum()) for g in grads if g is not None)
-
-
-def _short(batch: Batch, model: Any) -> Batch:
-    if batch.targets.dim() < 2:
-        return batch
-    tokens = max(2, (1 << 28) // model.get_output_embeddings().out_features)
-    inputs = {name: x[:, :tokens] for name, x in batch.inputs.items()}
-    targets = batch.targets[:, :tokens].clone()
-    targets[:, -1] = IGNORE
-    return Batch(inputs, targets, batch.rows)
-
-
-def _in_float64(batch: Batch) -> Batch:
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}
-    return Batch(inputs, batch.targets, batch.rows)
 
 
 if __name__ == "__main__":

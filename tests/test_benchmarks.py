@@ -208,6 +208,7 @@ def test_tuning_walks_to_the_fastest_neighbour_and_leaves_the_table_as_it_was(
     assert table["key"] is start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_say_how_they_are_used(script: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CURATE_KERNELS")}
