@@ -29,6 +29,7 @@ from curate.kernels.summation import (
     dot,
     inner,
     on_device,
+    quick_scratch,
     sum_partials,
     unit_of,
 )
@@ -87,7 +88,7 @@ def grad_dot_product(
     dtype = torch.promote_types(accumulator(left), accumulator(right))
     v = directions.to(dtype).reshape(-1, g, o, i)
     out = torch.zeros(s, len(v), dtype=dtype, device=left.device)
-    for rows in chunks(s, g * t * min(o, i)):
+    for rows in chunks(s, g * t * min(o, i), 4 * quick_scratch(left)):
         x, y = (f[rows].to(dtype).transpose(0, 1).flatten(1, 2) for f in (left, right))
         for m in range(len(v)):
             # The smaller side is written, and read again.

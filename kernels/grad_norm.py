@@ -29,6 +29,7 @@ from curate.kernels.summation import (
     dot,
     inner,
     on_device,
+    quick_scratch,
     sum_partials,
     unit_of,
 )
@@ -125,7 +126,8 @@ def grad_sq_norm_gram(
         product: Tensor = squares[0] * squares[1]
         return product.sum(1)
     out = left.new_zeros(s, dtype=dtype)
-    for rows in chunks(s, 2 * g * t * t):
+    converted = sum(x.shape[3] for x in (left, right) if x.dtype != dtype)
+    for rows in chunks(s, g * t * (2 * t + converted), quick_scratch(left)):
         x, y = (x[rows].to(dtype).flatten(0, 1) for x in (left, right))
         out[rows] = _gram_product(x, y, LEVELS).view(-1, g).sum(1)
     return out.clamp_(min=0)

@@ -29,14 +29,10 @@ from curate.kernels.summation import (
     dot,
     inner,
     on_device,
+    quick_scratch,
     sum_partials,
     unit_of,
 )
-
-# Elements of G at a time on a CPU: small matrices are made several samples at a time within a
-# core's cache, large ones whole, since oneDNN and MKL lose a tenth of their speed on fewer rows.
-# Measured on an AMD EPYC (AVX-512), one thread, 2026-11-22.
-CACHED = 1 << 18
 
 
 class TileSums(NamedTuple):
@@ -183,7 +179,9 @@ def _tile_sums_torch(
     w = None if weight is None else weight.to(dtype).reshape(g, o, i)
     v = None if directions is None else directions.to(dtype).reshape(-1, g, o, i)
     dots = None if v is None else left.new_zeros(s, len(v), dtype=dtype)
-    budget = min(summation.SCRATCH, max(CACHED, g * o * i))
+    # Small matrices several at a time within the cache; large ones whole, since library products
+    # lose a tenth of their speed on fewer rows.
+    budget = min(summation.SCRATCH, max(quick_scratch(left), g * o * i))
     for rows in chunks(s, g * o * i, budget):
         r = right[rows].to(dtype)
         for tile in chunks(o, (rows.stop - rows.start) * g * i, budget):
@@ -313,11 +311,11 @@ def _banded(i_tile, rows, columns):  # type: ignore[no-untyped-def]
 
 # Estimated, not yet tuned on a device (2026-11-22). Keyed by architecture, then by the bytes of an
 # element as it is multiplied (factors of two dtypes: as float32), then by whether tiles are small:
-# where a side is at most 64, and where rows are not aligned (addresses take the registers).
+# where a side is at most 64, and where registers are short, of two dtypes or unaligned rows.
 CONFIGS: Mapping[int, Mapping[tuple[int, bool], Config]] = {
     80: {
         (2, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32}, 8, 3),
-        (2, True): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, 4, 3),
+        (2, True): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, 4, 4),
         (4, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 16}, 8, 2),
         (4, True): Config({"BLOCK_O": 32, "BLOCK_I": 64, "BLOCK_T": 16}, 4, 2),
     },
@@ -332,7 +330,8 @@ CONFIGS: Mapping[int, Mapping[tuple[int, bool], Config]] = {
 
 def _config(left: Tensor, right: Tensor) -> Config:
     size = left.element_size() if left.dtype == right.dtype else 4
-    is_small = min(left.shape[-1], right.shape[-1]) <= 64 or unit_of(left, right) == 1
+    is_narrow = min(left.shape[-1], right.shape[-1]) <= 64
+    is_small = is_narrow or left.dtype != right.dtype or unit_of(left, right) == 1
     return _table(architecture(left.device))[size, is_small]
 
 
@@ -351,6 +350,8 @@ def variants(architecture: int) -> Iterator[Variant]:
     for left, right in ((x, y) for x in kinds for y in kinds):
         size = 4 if left != right or left == "fp32" else 2
         for aligned, small in ((True, False), (True, True), (False, True)):
+            if left != right and not small:
+                continue
             for packed in (False, True):
                 is_whole = left == right != "fp16" and aligned and not packed
                 for q, w, d in flags if is_whole else [(1, 1, 1)]:
