@@ -161,9 +161,15 @@ def sign_words(rows, columns, words, key0, key1):  # type: ignore[no-untyped-def
 
     The keys are passed to a kernel as i64 and taken modulo 2^32 here.
     """
-    h = finalise(columns.to(tl.uint32) ^ key0.to(tl.uint32))
-    h = finalise((h + rows.to(tl.uint32) * 0x9E3779B1) ^ key1.to(tl.uint32))
+    h = coordinate_hash(rows, columns, key0, key1)
     return finalise(h + words.to(tl.uint32) * 0x85EBCA77)
+
+
+@jit
+def coordinate_hash(rows, columns, key0, key1):  # type: ignore[no-untyped-def]
+    """What all words of a coordinate have in common: word w is finalise(this + w * 0x85EBCA77)."""
+    h = finalise(columns.to(tl.uint32) ^ key0.to(tl.uint32))
+    return finalise((h + rows.to(tl.uint32) * 0x9E3779B1) ^ key1.to(tl.uint32))
 
 
 @jit
