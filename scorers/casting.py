@@ -38,7 +38,10 @@ class Casting:
 
 
 class Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the largest rounding error of any floating-point type computed in within."""
+    """Notes the largest rounding error of any floating-point type computed in within.
+
+    Types of one byte are stored in, not computed in.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -53,6 +56,6 @@ class Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.is_floating_point():
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize > 1:
                 self.eps = max(self.eps, torch.finfo(x.dtype).eps)
         return out

@@ -131,7 +131,7 @@ class Replay:
         try:
             yield
         except Exception as error:  # whatever a module says when it is given its rows alone
-            if isinstance(error, Replan) or is_out_of_memory(error):
+            if isinstance(error, (Replan, torch.AcceleratorError)) or is_out_of_memory(error):
                 raise
             reason = str(error).strip().split("\n")[0]
             raise Replan(f"{doing} {self.module!r} failed: {reason}", self.params) from None

@@ -16,6 +16,7 @@ from curate.kernels.grad_norm import accumulable
 from curate.scorers.casting import Coarsest
 from curate.scorers.discover import make_plan
 from curate.scorers.fallback import whole_model_rows
+from curate.scorers.memory import is_out_of_memory
 from curate.scorers.passes import Harvest, Needs, Passes
 from curate.scorers.plan import WHOLE
 from curate.scorers.prepared import named_parameters, prepared
@@ -95,9 +96,9 @@ def verify(passes: Passes, names: list[str], batch: Any) -> None:
             forward, backward = passes.run(sub, needs), passes.run(back, needs)
             # The same rows among all others, where more of them can be out of order.
             among = passes.run(batch, needs) if count_rows(batch) > PROBE_ROWS else None
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                raise
             # A table spread over the rows did not fit where it went; or the model will not be
             # watched at all (checkpointing around its first layer), though it runs unwatched.
             if not _withdraw_shared(passes, names) and not _withdraw_all(passes, names, error):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curate.scorers.engine import Engine
+from curate.scorers.passes import Passes
 from curate.scorers.protocol import Batch, Outputs, Signal
 from curate.scorers.recompute import repeated_blocks
 from curate.scorers.signals import signals
@@ -567,3 +568,57 @@ def test_which_modules_are_blocks(kit) -> None:
     ]  # fmt: skip
     for model, names in cases:
         assert list(repeated_blocks(model)) == names
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+@pytest.mark.parametrize("where", ["probe", "second run", "replay"])
+def test_no_slower_path_is_taken_because_memory_ran_out(kit, where, error, monkeypatch) -> None:
+    """What a machine lacks for a moment says nothing of the model; the plan stays as it was."""
+
+    class Block(_Mix):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.left = nn.PReLU(), -1
+
+        def forward(self, h: Tensor) -> Tensor:
+            self.left -= 1
+            if self.left == 0:
+                raise error
+            return self.act(super().forward(h))
+
+    model, batch = _Chain(Block(), Block()).double(), kit.tokens()
+    engine = Engine(model, kit.classify, [ALL], recompute=True)
+    want, paths = engine(batch)[ALL], engine.paths
+    if where == "replay":
+
+        def fails(*_: object) -> None:
+            raise error
+
+        handle = model.blocks[1].act.register_forward_pre_hook(
+            lambda m, args: fails() if torch._C._functorch.peek_interpreter_stack() else None
+        )
+    elif where == "second run":
+        model.blocks[1].left = 2
+    else:
+        run = Passes.run
+
+        def armed(self: Passes, *given: Any) -> Any:
+            model.blocks[1].left = 1
+            return run(self, *given)
+
+        monkeypatch.setattr(Passes, "run", armed)
+    with pytest.raises(RuntimeError) as raised:
+        engine.verify(batch) if where == "probe" else engine(batch)
+    assert raised.value is error
+    monkeypatch.undo()
+    if where == "replay":
+        handle.remove()
+    assert torch.equal(engine(batch)[ALL], want)
+    assert engine.paths == paths
