@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curate.kernels import summation
 from curate.kernels.grad_tiles import grad_tile_sums
 from curate.kernels.launch import Config, Variant, architecture, jit, precision, tl, uses_triton
 from curate.kernels.summation import (
@@ -148,17 +149,22 @@ def _launch_product(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
     tiles = -(-i // config.blocks["BLOCK_I"])
     if 0 in (s, g, t, m):
         return left.new_zeros(s, m, dtype=torch.float32)
-    partials = left.new_empty(m, s, g, t, tiles, dtype=torch.float32)
-    blocks = -(-s * t // config.blocks["ROWS"])
     unit = unit_of(left, right)
     sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
-    with on_device(left):
-        _product_kernel[(blocks * tiles * g * m,)](
-            left, right, v, partials, s, g, t, tiles, blocks, *(n // unit for n in sizes),
-            UNIT=unit, IS_HALF=left.element_size() == 2, PRECISION=precision(left),
-            **config.options,
-        )  # fmt: skip
-    return sum_partials(partials.view(m * s, -1)).view(m, s).T.contiguous()
+    parts = []
+    for some in chunks(s, m * g * t * tiles, summation.PARTIALS):
+        n = some.stop - some.start
+        partials = left.new_empty(m, n, g, t, tiles, dtype=torch.float32)
+        blocks = -(-n * t // config.blocks["ROWS"])
+        with on_device(left):
+            _product_kernel[(blocks * tiles * g * m,)](
+                left[some], right[some], v, partials, n, g, t, tiles, blocks,
+                *(size // unit for size in sizes),
+                UNIT=unit, IS_HALF=left.element_size() == 2, PRECISION=precision(left),
+                **config.options,
+            )  # fmt: skip
+        parts.append(sum_partials(partials.view(m * n, -1)).view(m, n))
+    return torch.cat(parts, 1).T.contiguous()
 
 
 @jit

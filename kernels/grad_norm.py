@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curate.kernels import summation
 from curate.kernels.grad_tiles import by_length, grad_sq_norm_tiles, grad_tile_sums_packed
 from curate.kernels.launch import Config, Variant, architecture, jit, precision, tl, uses_triton
 from curate.kernels.summation import (
@@ -154,31 +155,42 @@ def _launch_gram(left: Tensor, right: Tensor, starts: Tensor | None, t: int) -> 
     samples, g, _, o = left.shape
     if starts is not None:
         samples, starts = len(starts) - 1, starts.to(left.device, torch.int64)
-    i = right.shape[3]
+    if t == 0 or samples * g == 0:
+        return left.new_zeros(samples, dtype=torch.float32)
+    if t == 1 and starts is None:
+        return _launch_one_token(left, right)
     config = _config(left, right, t)
     count = -(-t // config.blocks["BLOCK_T"])
     pairs = count * (count + 1) // 2
-    if t == 0 or samples * g == 0:
-        return left.new_zeros(samples, dtype=torch.float32)
-    partials = left.new_empty(samples, g * pairs, dtype=torch.float32)
     unit = unit_of(left, right)
-    if t == 1 and starts is None:
-        sizes = (o, i, *left.stride()[:2], *right.stride()[:2])
+    sizes = (o, right.shape[3], *left.stride()[:3], *right.stride()[:3])
+    parts = []
+    for some in chunks(samples, g * pairs, summation.PARTIALS):
+        at = some if starts is None else slice(None)
+        partials = left.new_empty(some.stop - some.start, g * pairs, dtype=torch.float32)
         with on_device(left):
-            _one_token_kernel[(-(-partials.numel() // ONE_TOKEN.blocks["ROWS"]),)](
-                left, right, partials, partials.numel(), g, *(n // unit for n in sizes),
-                UNIT=unit, **ONE_TOKEN.options,
+            _gram_kernel[(partials.numel(),)](
+                left[at], right[at], None if starts is None else starts[some.start :], partials,
+                t, g, pairs, *(size // unit for size in sizes),
+                PACKED=starts is not None, UNIT=unit,
+                PRECISION=precision(left if left.dtype == torch.float32 else right),
+                **config.options,
             )  # fmt: skip
-        return sum_partials(partials)
-    sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
+        parts.append(sum_partials(partials))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).clamp(min=0)
+
+
+def _launch_one_token(left: Tensor, right: Tensor) -> Tensor:
+    samples, g, _, o = left.shape
+    out = left.new_empty(samples, g, dtype=torch.float32)
+    unit = unit_of(left, right)
+    sizes = (o, right.shape[3], *left.stride()[:2], *right.stride()[:2])
     with on_device(left):
-        _gram_kernel[(partials.numel(),)](
-            left, right, starts, partials, t, g, pairs, *(n // unit for n in sizes),
-            PACKED=starts is not None, UNIT=unit,
-            PRECISION=precision(left if left.dtype == torch.float32 else right),
-            **config.options,
+        _one_token_kernel[(-(-out.numel() // ONE_TOKEN.blocks["ROWS"]),)](
+            left, right, out, out.numel(), g, *(size // unit for size in sizes),
+            UNIT=unit, **ONE_TOKEN.options,
         )  # fmt: skip
-    return sum_partials(partials).clamp_(min=0)
+    return sum_partials(out)
 
 
 @jit

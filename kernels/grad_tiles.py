@@ -215,26 +215,30 @@ def _launch(
     rows, columns = -(-o // config.blocks["BLOCK_O"]), -(-i // config.blocks["BLOCK_I"])
     tiles = g * rows * columns
     quantities = int(square) + int(w is not None) + m
-    partials = left.new_empty(quantities, samples, tiles, dtype=torch.float32)
-    if partials.numel() and t:
-        unit = unit_of(left, right)
-        sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
+    unit = unit_of(left, right)
+    sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
+    parts = []
+    for some in chunks(samples if t * tiles else 0, quantities * tiles, summation.PARTIALS):
+        n, at = some.stop - some.start, some if starts is None else slice(None)
+        partials = left.new_empty(quantities, n, tiles, dtype=torch.float32)
         with on_device(left):
-            _tile_kernel[(tiles * samples,)](
-                left, right, starts, w, v, partials, samples, t, g, m, rows, columns,
-                *(n // unit for n in sizes), PACKED=starts is not None,
-                SQUARE=square, WEIGHTED=w is not None, DIRECTIONS=v is not None, UNIT=unit,
+            _tile_kernel[(tiles * n,)](
+                left[at], right[at], None if starts is None else starts[some.start :], w, v,
+                partials, n, t, g, m, rows, columns, *(size // unit for size in sizes),
+                PACKED=starts is not None, SQUARE=square, WEIGHTED=w is not None,
+                DIRECTIONS=v is not None, UNIT=unit,
                 PRECISION=precision(left if left.dtype == torch.float32 else right),
                 **config.options,
             )  # fmt: skip
-        sums = sum_partials(partials.view(-1, tiles)).view(quantities, samples)
-    else:
-        sums = partials.new_zeros(quantities, samples)
-    at = int(square) + int(w is not None)
+        parts.append(sum_partials(partials.view(-1, tiles)).view(quantities, n))
+    if not parts:
+        parts.append(left.new_zeros(quantities, samples, dtype=torch.float32))
+    sums = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    first = int(square) + int(w is not None)
     return TileSums(
         sums[0] if square else None,
         sums[int(square)] if w is not None else None,
-        None if v is None else sums[at:].T.contiguous(),
+        None if v is None else sums[first:].T.contiguous(),
     )
 
 

@@ -17,6 +17,8 @@ SCRATCH = 1 << 22
 # Elements that stay in a core's cache: twice as many are slower, and far more are memory that the
 # system hands out anew each time. Measured on an AMD EPYC, one thread, 2026-11-22.
 CACHED = 1 << 18
+# Partial sums that a kernel writes at a time: 64 Mi float32 = 256 MiB.
+PARTIALS = 1 << 26
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curate.kernels import grad_tiles, summation
-from curate.kernels.grad_norm import grad_sq_norm_packed
+from curate.kernels.dot import grad_dot_product
+from curate.kernels.grad_norm import grad_sq_norm_gram, grad_sq_norm_packed
 from curate.kernels.grad_tiles import (
     grad_sq_norm_tiles,
     grad_tile_sums,
@@ -139,6 +140,27 @@ def test_a_sample_has_the_same_bits_in_any_batch(backend, device) -> None:
     for a, b, c in zip(together, permuted, alone, strict=True):
         if a is not None:
             assert torch.equal(a[order], b) and torch.equal(a[1:2], c)
+
+
+def test_partial_sums_of_few_samples_at_a_time_change_no_bit(device, monkeypatch) -> None:
+    left, right = _factors((5, 1, 3, 20, 70), (torch.float32,) * 2, device)
+    v = torch.randn(2, 20, 70, device=device)
+    packed = left.flatten(0, 2), right.flatten(0, 2), torch.arange(0, 16, 3, device=device)
+
+    def everything() -> list[Tensor]:
+        dense = grad_tile_sums(left, right, square=True, directions=v)
+        return [
+            dense.square, dense.dots, grad_tile_sums_packed(*packed, square=True).square,
+            grad_sq_norm_gram(left, right), grad_sq_norm_packed(*packed),
+            grad_dot_product(left, right, v),
+        ]  # fmt: skip
+
+    whole = everything()
+    monkeypatch.setattr(summation, "PARTIALS", 12)
+    for at_once, in_parts in zip(whole, everything(), strict=True):
+        if not summation.IS_INTERPRETED:
+            assert torch.equal(at_once, in_parts)
+        torch.testing.assert_close(at_once, in_parts)
 
 
 def test_strided_factors(device) -> None:
