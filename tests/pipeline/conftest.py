@@ -1,10 +1,19 @@
 """Fixtures that several test files of this room share."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
+from curate.pipeline.reading.corpus import open_corpus
+from curate.pipeline.storing.storage import Folder
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +47,89 @@ def object_store(store_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     fsspec.filesystem("s3").mkdir(bucket)
     return f"s3://{bucket}"
+
+
+MakeSelection = Callable[..., Manifest]
+
+
+@pytest.fixture
+def make_selection(tmp_path: Path) -> MakeSelection:
+    """A factory of manifests: `make_selection(kind="loss", kept=300)` over shards of 130, 1, 269.
+
+    Row r of shard s holds x = 1000 s + r, and f, words, text, lang, picture, array made of it. The
+    same `data` name gives the same corpus; a callable `weights` takes the number of rows.
+    """
+
+    def corpus(name: str, shards: Sequence[int], offset: int) -> str:
+        folder = tmp_path / name
+        if folder.exists():
+            return str(folder)
+        folder.mkdir()
+        for i, n in enumerate(shards):
+            x = np.arange(n) + 1000 * i + offset
+            flat = pa.array(np.repeat(x, 4), pa.float32())
+            table = pa.table(
+                {
+                    "x": x,
+                    "f": (x / 7).astype(np.float32),
+                    "words": [[int(v)] * (int(v) % 3) for v in x],
+                    "text": [f"row {v}" for v in x],
+                    "lang": [("de", "en", "fr")[int(v) % 7 % 3] for v in x],
+                    "picture": [b"\x89PNG%d" % v for v in x],
+                    "array": pa.FixedSizeListArray.from_arrays(flat, 4),
+                }
+            )
+            pq.write_table(table, folder / f"s{i}.parquet", row_group_size=50)
+        return str(folder)
+
+    def make(
+        kind: str = "none",
+        kept: int = 300,
+        *,
+        weights: Sequence[float] | None = None,
+        ranks: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        name: str | None = None,
+        data: str = "data",
+        shards: Sequence[int] = (130, 1, 269),
+        offset: int = 0,
+        seed: int = 1,
+        has_id: bool = False,
+        selection: Mapping[str, Any] | None = None,
+        scores: Sequence[Any] = (),
+    ) -> Manifest:
+        opened = open_corpus(corpus(data, shards, offset))
+        rng = np.random.default_rng(seed)
+        chosen = np.sort(rng.permutation(opened.rows)[:kept] if rows is None else np.array(rows))
+        kept = len(chosen)
+        if weights is None:
+            drawn = rng.random(kept) + 0.1
+            counts = rng.integers(0, 4, kept)
+            weights = {"none": np.ones(kept), "repeat": counts}.get(kind, drawn / drawn.mean())
+        starts = np.cumsum([0, *shards])
+        shard = np.searchsorted(starts, chosen, side="right") - 1
+        columns = {
+            "shard": pa.array(shard, pa.int32()),
+            "row": pa.array(chosen - starts[shard], pa.int64()),
+            "weight": pa.array(np.asarray(weights), pa.float32()),
+            "rank": pa.nulls(kept, pa.int32()) if ranks is None else pa.array(ranks, pa.int32()),
+        }
+        if has_id:
+            columns["id"] = pa.array([f"id{c}" for c in chosen])
+        folder = Folder(tmp_path / (name or f"manifest-{kind}"))
+        files, _ = write_parts(folder, pa.table(columns).to_batches(max_chunksize=37))
+        said = {"method": "top", "by": "x", "direction": "high", "seed": 0, "params": {}}
+        said |= {"selected": kept, "budget": {"kind": "rows", "value": kept}, **(selection or {})}
+        content = {
+            "corpus": opened.describe(),
+            "selection": said,
+            "weight_kind": kind,
+            "schedule": None,
+            "groups": {},
+            "scores": list(scores),
+            "files": files,
+        }
+        write_manifest(folder, content)
+        return Manifest.open(folder.uri)
+
+    return make
