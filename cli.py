@@ -265,13 +265,24 @@ app.command(name="plan", help="Say what `curate score` would run: rows, units an
 @app.command()
 def select(
     scores: Annotated[str, typer.Argument(help="Score folder.")] = "run/scores",
-    by: Annotated[str | None, typer.Option(help="Score column; the only one by default.")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Score column (the only one by default), or 0.7*rank(el2n) - 0.3*z(aum)."
+        ),
+    ] = None,
+    direction: Annotated[
+        Literal["high", "low"] | None, typer.Option(help="End to keep; the scorer's by default.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="0.5 or 50% of the rows, 10000 rows, or 2e9tok tokens.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How to choose; `curate select --help` lists.")
+        str, typer.Option(help="How to choose: keep, top, ...; docs/selectors.md lists them.")
     ] = "keep",
+    by_group: Annotated[
+        str | None, typer.Option(help="Column of classes, languages or domains to budget by.")
+    ] = None,
     param: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE of the method, such as by_group=label.")
     ] = None,
@@ -280,6 +291,13 @@ def select(
     include_errors: Annotated[
         bool, typer.Option("--include-errors", help="Rows that could not be scored may be kept.")
     ] = False,
+    weight_kind: Annotated[
+        Literal["loss", "sampling", "repeat"] | None,
+        typer.Option(help="What weights are to mean; as the method makes them by default."),
+    ] = None,
+    clip_weights: Annotated[
+        float | None, typer.Option(help="Cut weights at this many times their mean.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[str, typer.Option("-o", "--out", help="Manifest folder.")] = "run/manifest",
     overwrite: Overwrite = False,
@@ -300,6 +318,10 @@ def select(
         drop_top=_number(drop_top, "--drop-top"),
         offset=_number(offset, "--offset"),
         include_errors=include_errors,
+        direction=direction,
+        by_group=by_group,
+        weight_kind=weight_kind,
+        clip_weights=clip_weights,
         seed=seed,
         out=out,
         overwrite=overwrite,

@@ -22,6 +22,7 @@ class Counts:
     tokens: int = 0
     scored: int = 0
     total: float = 0.0
+    deviations: float = 0.0  # sum of squared deviations from the mean
     lowest: float = np.inf
     highest: float = -np.inf
     groups: dict[str, int] = field(default_factory=dict)
@@ -34,6 +35,11 @@ class Counts:
     def add_scores(self, scores: Float64[ndarray, " n"]) -> None:
         finite = scores[np.isfinite(scores)]
         if len(finite):
+            # Chan, Golub and LeVeque 1983: two parts' deviations and the gap of their means.
+            gap = float(finite.mean()) - (self.mean or 0.0)
+            both = self.scored + len(finite)
+            self.deviations += float(finite.var()) * len(finite)
+            self.deviations += gap**2 * self.scored * len(finite) / both
             self.scored += len(finite)
             self.total += float(finite.sum())
             self.lowest = min(self.lowest, float(finite.min()))
@@ -47,10 +53,13 @@ class Census:
     from), `kept` the rows given to `keep`. `by` and `group` are columns of the table or None.
     """
 
-    def __init__(self, table: Table, by: str | None, group: str | None) -> None:
-        self._table, self.by, self.group = table, by, group
+    def __init__(
+        self, table: Table, by: str | None, group: str | None, by_tokens: bool = False
+    ) -> None:
+        self._table, self.by, self.group, self.by_tokens = table, by, group, by_tokens
         self.all, self.able, self.kept = Counts(), Counts(), Counts()
         self._numbers = GroupNumbers(group or "")
+        self._weighted = self._weights = 0.0
         self._is_counted = False
 
     @property
@@ -84,8 +93,10 @@ class Census:
     def keep(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the batches without the columns that only the census wanted, and count them."""
         self.kept = Counts()
+        self._weighted = self._weights = 0.0
         for batch in batches:
             self._count(self.kept, batch)
+            self._weigh(batch)
             own = ("shard", "row", "id", "weight", "rank")
             yield batch.select([name for name in batch.schema.names if name in own])
 
@@ -97,31 +108,65 @@ class Census:
         return {v: {"of": of, "kept": kept.get(v, 0)} for v, of in sorted(self.all.groups.items())}
 
     def summary(self) -> dict[str, Any]:
-        """Return what was kept beside what a random selection of that size keeps on average."""
-        share = self.kept.rows / max(1, self.able.rows)
+        """Return what was kept beside what a random selection of that budget keeps.
+
+        Means over all random selections and, as `random_sd`, their standard deviation from one to
+        the next (sampling without replacement). Of a budget in tokens a random selection is one
+        of as many tokens; its deviations are those of a selection of as many rows as it has.
+        """
+        able = self.able.rows
+        share = self.kept.rows / max(1, able)
+        if self.by_tokens and self.able.tokens:
+            share = self.kept.tokens / self.able.tokens
+        random_rows = able * share
+        spread = share * (1 - share) * able / max(1, able - 1)
         found: dict[str, Any] = {
             "rows": self.all.rows,
             "selected": self.kept.rows,
             "share": self.kept.rows / max(1, self.all.rows),
-            "random": {"rows_in_common": self.kept.rows * share, "overlap": share},
+            "random": {
+                "rows": random_rows,
+                "rows_in_common": self.kept.rows * share,
+                "overlap": share,
+            },
         }
         if "tokens" in self.columns:
             found["tokens"] = {"of": self.all.tokens, "kept": self.kept.tokens}
         if self.by is not None and self.kept.mean is not None:
+            variance = self.able.deviations / max(1, self.able.scored)
             found["score"] = {
                 "column": self.by,
                 "kept_mean": self.kept.mean,
                 "kept_lowest": self.kept.lowest,
                 "kept_highest": self.kept.highest,
                 "random_mean": self.able.mean,
+                "random_sd": (variance * max(0.0, spread) / (able * share**2)) ** 0.5,
             }
+            if self._weights:
+                found["score"]["kept_weighted_mean"] = self._weighted / self._weights
         if self.group is not None:
-            able = self.able.groups
             found["groups"] = {
-                value: {**counts, "random": able.get(value, 0) * share}
+                value: {**counts, **self._random_group(value, share, spread)}
                 for value, counts in (self.groups() or {}).items()
             }
         return found
+
+    def _random_group(self, value: str, share: float, spread: float) -> dict[str, float]:
+        """Return how many rows of a group a random selection keeps: hypergeometric."""
+        there, able = self.able.groups.get(value, 0), max(1, self.able.rows)
+        deviation = max(0.0, there * (1 - there / able) * spread) ** 0.5
+        return {"random": there * share, "random_sd": deviation}
+
+    def _weigh(self, batch: pa.RecordBatch) -> None:
+        """Add the weighted scores of kept rows, where rows are weighted."""
+        weight = batch.column("weight")
+        if self.by is None or weight.null_count == len(weight):
+            return
+        scores = score_column(batch, self.by).astype(np.float64)
+        finite = np.isfinite(scores)
+        weights = weight.to_numpy(zero_copy_only=False).astype(np.float64)[finite]
+        self._weighted += float(weights @ scores[finite])
+        self._weights += float(weights.sum())
 
     def _count(self, counts: Counts, batch: pa.RecordBatch) -> None:
         counts.rows += batch.num_rows

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,11 @@ from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.storing.storage import Folder
 from curate.scorers.registry import scorer_from_spec
 from curate.selectors.budget import need_columns, parse_budget
+from curate.selectors.composite import Composite
+from curate.selectors.expression import Expression, Sense
 from curate.selectors.protocol import Budget, Selection, Selector, Table
 from curate.selectors.registry import make_selector, selector_fields
+from curate.selectors.weights import Weighting, check_weighting
 
 log = logging.getLogger("curate.select")
 
@@ -40,39 +44,58 @@ def select(
     offset: float | int = 0,
     include_errors: bool = False,
     params: dict[str, Any] | None = None,
+    direction: Literal["high", "low"] | None = None,
+    by_group: str | None = None,
+    weight_kind: str | None = None,
+    clip_weights: float | None = None,
 ) -> Manifest:
     """Choose rows by their scores and return the manifest written to `out`.
 
-    `by` is the score column, by default the only one. `budget`: see `parse_budget`; a threshold
-    needs none. `method` is a name of `selectors/registry.py`, `params` its hyper-parameters;
-    `drop_top`, `offset` and `include_errors` are such parameters too. The same call again finds
-    its manifest and returns it. The returned manifest has a `summary`: what was kept beside what
-    a random selection would have kept.
+    `by` is the score column, by default the only one, or an expression over scores such as
+    "0.7*rank(el2n) + 0.3*z(aum)" (`selectors/expression.py`). `direction` is the end to keep
+    where the method asks; by default the scorer's, or of an expression the end on which all its
+    scorers agree. `budget`: see `parse_budget`; a threshold needs none. `method` is a name of
+    `selectors/registry.py`, `params` its hyper-parameters; `drop_top`, `offset`,
+    `include_errors` and `by_group` are such parameters too. Weights are written as `weight_kind`
+    (by default as the method makes them) and cut at `clip_weights` times their mean. The same
+    call again finds its manifest and returns it. The returned manifest has a `summary`: what was
+    kept beside what a random selection would have kept.
 
     Raises:
-        ValueError: the table is missing or unfinished, a column, method, parameter or budget is
-            wrong, nothing is selected, or `out` holds something else (unless `overwrite`).
+        ValueError: the table is missing or unfinished, a column, method, parameter, budget or
+            kind of weights is wrong, nothing is selected, or `out` holds something else (unless
+            `overwrite`).
     """
     table = scores if isinstance(scores, ScoreTable) else ScoreTable.open(scores)
+    check_weighting(weight_kind, clip_weights)
     asked = {**(params or {})}
+    by = asked.pop("by", None) if by is None else by
     for name, value in (("drop_top", drop_top), ("offset", offset)):
         if value:
             asked[name] = value
+    for name, text in (("direction", direction), ("by_group", by_group)):
+        if text is not None:
+            asked[name] = text
     if include_errors:
         asked["include_errors"] = True
-    request = _request(table, by, budget, method, seed, asked)
+    written = {"weight_kind": weight_kind, "clip_weights": clip_weights}
+    request = _request(table, by, budget, method, seed, asked, written)
     folder = Folder(str(out))
     found = _already_there(folder, request, overwrite)
     if found is not None:
         log.info("%s holds this selection already", folder.uri)
         return found
-    return _write(table, request, folder)
+    return _write(request, folder)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a table, checked; `content` is what the manifest says of it."""
+    """What is asked of a table, checked; `content` is what the manifest says of it.
 
+    `table` is the score table, with one more column where `by` is an expression.
+    """
+
+    table: Table
     selector: Selector
     budget: Budget
     by: str | None
@@ -91,6 +114,7 @@ def _request(
     method: str,
     seed: int,
     asked: dict[str, Any],
+    written: dict[str, Any],
 ) -> Request:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"the seed must be a whole number from 0, not {seed!r}")
@@ -98,9 +122,10 @@ def _request(
     if budget is None and method != "threshold":
         raise ValueError("say how much to keep: --budget 0.5, 50%, 10000 or 2e9tok")
     amount = parse_budget(1.0 if budget is None else budget)
-    column = _score_column(table, by, is_needed="by" in fields and "by" not in asked)
-    group = _group_column(table, asked.get("by_group"), "by_group" in fields)
-    if "by_group" in fields and "by_group" not in asked:
+    column, composite = _score_column(table, by, is_needed="by" in fields)
+    needs_group = method == "balanced"
+    group = _group_column(table, asked.get("by_group"), needs_group)
+    if needs_group and "by_group" not in asked:
         if group is None:
             raise ValueError(
                 f"method {method!r} needs a column of groups, --param by_group=COLUMN; the score "
@@ -109,14 +134,18 @@ def _request(
         asked["by_group"] = group
     if "by" in fields:
         asked.setdefault("by", column)
-    if "direction" in fields and "direction" not in asked:
-        direction = _direction(table, asked["by"], is_needed=method == "keep")
+    if "direction" in fields and "direction" not in asked and asked["by"] is not None:
+        is_needed = method == "keep" or composite is not None
+        direction = _direction(table, asked["by"], composite, is_needed)
         asked |= {"direction": direction} if direction else {}
     selector = make_selector(method, **asked)
-    need_columns(table, selector.needs)
-    carry = _carried(table, column, group) if "carry" in fields else ()
+    source: Table = table if composite is None else Composite(table, composite)
+    need_columns(source, selector.needs)
+    carry = _carried(source, column, group) if "carry" in fields else ()
     whole = make_selector(method, **asked, carry=carry) if carry else selector
-    return Request(whole, amount, column, group, _content(table, selector, amount, method, seed))
+    content = _content(table, selector, amount, method, seed)
+    content["selection"]["params"] |= {k: v for k, v in written.items() if v is not None}
+    return Request(source, whole, amount, column, group, content)
 
 
 def _content(
@@ -132,7 +161,7 @@ def _content(
             "direction": _said_direction(method, settings),
             "budget": {"kind": budget.kind, "value": value},
             "seed": seed,
-            "params": {k: v for k, v in settings.items() if k not in _NOT_PARAMS},
+            "params": {k: v for k, v in settings.items() if k not in _NOT_PARAMS and v is not None},
         },
         "scores": [
             {
@@ -157,32 +186,61 @@ def _said_direction(method: str, settings: dict[str, Any]) -> str | None:
     return settings.get("direction") if settings.get("by") else None
 
 
-def _score_column(table: ScoreTable, by: str | None, is_needed: bool) -> str | None:
-    """Return the column asked for, or the only score; None where several could be meant."""
+def _score_column(
+    table: ScoreTable, by: str | None, is_needed: bool
+) -> tuple[str | None, Expression | None]:
+    """Return the column asked for, or the only score; None where several could be meant.
+
+    What is no column is an expression over columns, and is returned parsed as well.
+    """
     names = list(table.scorers)
     if by is not None:
-        if by not in table.schema.names or by in ("shard", "row", "error"):
+        if by in table.schema.names and by not in ("shard", "row", "error"):
+            return by, None
+        if by.isidentifier() or not any(mark in by for mark in "()+-*/"):
             raise ValueError(f"the score table has no score {by!r}; it has: {', '.join(names)}")
-        return by
+        return by, Expression(by)
     if len(names) == 1:
-        return str(names[0])
+        return str(names[0]), None
     if is_needed:
         raise ValueError(
             f"the score table has several scores; choose one, --by: {', '.join(names)}"
         )
-    return None
+    return None, None
 
 
-def _direction(table: ScoreTable, by: str | None, is_needed: bool) -> str | None:
-    """Return which end the scorer's source keeps."""
+def _direction(
+    table: ScoreTable, by: str, composite: Expression | None, is_needed: bool
+) -> Literal["high", "low"] | None:
+    """Return which end the scorer's source keeps, or all scorers of an expression would."""
+    if composite is not None:
+        ends = {_end_of(table, name, sense) for name, sense in composite.sense().items()}
+        if len(ends := ends - {"any"}) == 1 and (end := ends.pop()) is not None:
+            return "high" if end == "high" else "low"
+        raise ValueError(
+            f"the scores in {by!r} do not agree on which end to keep; "
+            "say --direction high or --direction low"
+        )
     if by in table.scorers:
         return scorer_from_spec(table.scorers[by]).direction.keep
     if is_needed:
         raise ValueError(
             f"column {by!r} is not a scorer's, so there is no known direction to keep; "
-            "choose --method top or bottom"
+            "say --direction high or low, or choose --method top or bottom"
         )
     return None
+
+
+def _end_of(table: ScoreTable, name: str, sense: Sense) -> Literal["high", "low", "any"] | None:
+    """Return the end of an expression that one of its columns asks for; None where unknown."""
+    if sense == "flat":
+        return "any"
+    if name not in table.scorers or sense == "unknown":
+        return None
+    keep = scorer_from_spec(table.scorers[name]).direction.keep
+    if sense == "up":
+        return keep
+    return "low" if keep == "high" else "high"
 
 
 def _group_column(table: ScoreTable, asked: str | None, is_needed: bool) -> str | None:
@@ -258,21 +316,29 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return found
 
 
-def _write(table: ScoreTable, request: Request, folder: Folder) -> Manifest:
+def _write(request: Request, folder: Folder) -> Manifest:
     folder.clean_tmp()
-    census = Census(table, request.by, request.group)
+    census = Census(request.table, request.by, request.group, request.budget.kind == "tokens")
     rng = np.random.default_rng(request.seed)
     selection = request.selector.select(census, request.budget, rng)
+    made, asked = (
+        selection.params.get("weight_kind", "none"),
+        request.content["selection"]["params"],
+    )
     try:
-        files, rows = write_parts(folder, census.keep(_with_columns(selection, census, request)))
+        with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:
+            batches = _with_columns(selection, census, request)
+            kind, clip = asked.get("weight_kind"), asked.get("clip_weights")
+            weighting = Weighting(batches, str(made), Path(name), kind, clip)
+            files, rows = write_parts(folder, census.keep(iter(weighting)))
         if not rows:
             raise ValueError("no row fits the budget: the first one already exceeds it")
     except Exception:
-        for name in filter(is_part, folder.names()):
-            folder.delete(name)
+        for part in filter(is_part, folder.names()):
+            folder.delete(part)
         raise
-    content = write_manifest(folder, _finished(request, selection, census, files, rows))
-    manifest = Manifest(folder, content)
+    content = _finished(request, selection, census, files, rows, weighting)
+    manifest = Manifest(folder, write_manifest(folder, content))
     manifest.summary = census.summary()
     return manifest
 
@@ -288,17 +354,25 @@ def _with_columns(
 
 
 def _finished(
-    request: Request, selection: Selection, census: Census, files: dict[str, str], rows: int
+    request: Request,
+    selection: Selection,
+    census: Census,
+    files: dict[str, str],
+    rows: int,
+    weighting: Weighting,
 ) -> dict[str, Any]:
     results = dict(selection.params)
-    weight_kind, schedule = results.pop("weight_kind", "none"), results.pop("schedule", None)
+    results.pop("weight_kind", None)
+    schedule = results.pop("schedule", None)
+    if weighting.report is not None:
+        results["weights"] = weighting.report
     if request.group is not None:
         results["group_column"] = request.group
     chosen = request.content["selection"]
     return {
         **request.content,
         "selection": {**chosen, "selected": rows, "params": {**chosen["params"], **results}},
-        "weight_kind": weight_kind,
+        "weight_kind": weighting.kind,
         "schedule": schedule,
         "groups": census.groups() or {},
         "files": files,

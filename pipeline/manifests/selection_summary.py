@@ -19,7 +19,23 @@ def summary_text(manifest: dict[str, Any]) -> str:
     ]
     if tied := selection["params"].get("ties", {}).get("at_cut"):
         lines.append(f"{tied} rows share the score at the cut; the first in row order are kept")
+    lines += _weights(manifest["weight_kind"], selection["params"].get("weights"))
     return "\n".join([*lines, *_beside_random(manifest.get("summary") or {})])
+
+
+def _weights(kind: str, weights: dict[str, Any] | None) -> list[str]:
+    if not weights:
+        return []
+    lines = [
+        f"{kind} weights from {weights['smallest']:.4g} to {weights['largest']:.4g}; "
+        f"as good as {weights['effective_rows']:.1f} rows of equal weight"
+    ]
+    if clip := weights.get("clip"):
+        lines.append(
+            f"clipped at {clip['largest']:g} times the mean: {clip['rows']} rows lost "
+            f"{clip['removed']:.2%} of all weight, which biases what the weights estimate"
+        )
+    return lines
 
 
 def _beside_random(summary: dict[str, Any]) -> list[str]:
@@ -31,14 +47,17 @@ def _beside_random(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"mean {score['column']}: {score['kept_mean']:.6g} kept "
             f"({score['kept_lowest']:.6g} to {score['kept_highest']:.6g}), "
-            f"{score['random_mean']:.6g} random"
+            f"{score['random_mean']:.6g} ± {score['random_sd']:.2g} random"
         )
+        if (weighted := score.get("kept_weighted_mean")) is not None:
+            lines.append(f"mean {score['column']} of the kept rows by weight: {weighted:.6g}")
     if tokens := summary.get("tokens"):
         lines.append(f"tokens: {tokens['kept']} of {tokens['of']}")
     if groups := summary.get("groups"):
-        lines.append(f"{'group':<20} {'corpus':>10} {'kept':>10} {'random':>12}")
+        lines.append(f"{'group':<20} {'corpus':>10} {'kept':>10} {'random':>18}")
         lines += [
-            f"{value:<20} {n['of']:>10} {n['kept']:>10} {n['random']:>12.1f}"
+            f"{value:<20} {n['of']:>10} {n['kept']:>10} "
+            f"{n['random']:>10.1f} ± {n['random_sd']:<5.1f}"
             for value, n in list(groups.items())[:SHOWN_GROUPS]
         ]
         if len(groups) > SHOWN_GROUPS:
