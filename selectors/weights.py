@@ -152,8 +152,8 @@ class Weighting:
             following = clip * below.value() / (raw.count - clip * above)
             if following <= 0:
                 raise ValueError(
-                    f"weights cannot be clipped at {clip:g} times their mean: fewer than one row in "
-                    f"{clip:g} has a weight above 0"
+                    f"weights cannot be clipped at {clip:g} times their mean: fewer than one row "
+                    f"in {clip:g} has a weight above 0"
                 )
             if not following < limit * (1 - 1e-9):
                 break

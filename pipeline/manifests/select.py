@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,7 +136,8 @@ def _request(
         asked.setdefault("by", column)
     if "direction" in fields and "direction" not in asked and asked["by"] is not None:
         is_needed = method == "keep" or composite is not None
-        direction = _direction(table, asked["by"], composite, is_needed)
+        end = _hard_end if method == "ccs" else _kept_end
+        direction = _direction(table, asked["by"], composite, is_needed, end)
         asked |= {"direction": direction} if direction else {}
     selector = make_selector(method, **asked)
     source: Table = table if composite is None else Composite(table, composite)
@@ -209,12 +210,19 @@ def _score_column(
     return None, None
 
 
+End = Literal["high", "low"]
+
+
 def _direction(
-    table: ScoreTable, by: str, composite: Expression | None, is_needed: bool
-) -> Literal["high", "low"] | None:
-    """Return which end the scorer's source keeps, or all scorers of an expression would."""
+    table: ScoreTable,
+    by: str,
+    composite: Expression | None,
+    is_needed: bool,
+    end_of: Callable[[dict[str, Any]], End],
+) -> End | None:
+    """Return the end of the score that `end_of` says of its scorer, or of all in an expression."""
     if composite is not None:
-        ends = {_end_of(table, name, sense) for name, sense in composite.sense().items()}
+        ends = {_turned(table, name, sense, end_of) for name, sense in composite.sense().items()}
         if len(ends := ends - {"any"}) == 1 and (end := ends.pop()) is not None:
             return "high" if end == "high" else "low"
         raise ValueError(
@@ -222,7 +230,7 @@ def _direction(
             "say --direction high or --direction low"
         )
     if by in table.scorers:
-        return scorer_from_spec(table.scorers[by]).direction.keep
+        return end_of(table.scorers[by])
     if is_needed:
         raise ValueError(
             f"column {by!r} is not a scorer's, so there is no known direction to keep; "
@@ -231,16 +239,28 @@ def _direction(
     return None
 
 
-def _end_of(table: ScoreTable, name: str, sense: Sense) -> Literal["high", "low", "any"] | None:
+def _kept_end(spec: dict[str, Any]) -> End:
+    """Return which end the scorer's source keeps."""
+    return scorer_from_spec(spec).direction.keep
+
+
+def _hard_end(spec: dict[str, Any]) -> End:
+    """Return which end is hard; of AUM and its like a high value means easy."""
+    return "low" if scorer_from_spec(spec).direction.high_means.startswith("easy") else "high"
+
+
+def _turned(
+    table: ScoreTable, name: str, sense: Sense, end_of: Callable[[dict[str, Any]], End]
+) -> Literal["high", "low", "any"] | None:
     """Return the end of an expression that one of its columns asks for; None where unknown."""
     if sense == "flat":
         return "any"
     if name not in table.scorers or sense == "unknown":
         return None
-    keep = scorer_from_spec(table.scorers[name]).direction.keep
+    end = end_of(table.scorers[name])
     if sense == "up":
-        return keep
-    return "low" if keep == "high" else "high"
+        return end
+    return "low" if end == "high" else "high"
 
 
 def _group_column(table: ScoreTable, asked: str | None, is_needed: bool) -> str | None:
@@ -329,7 +349,7 @@ def _write(request: Request, folder: Folder) -> Manifest:
         with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:
             batches = _with_columns(selection, census, request)
             kind, clip = asked.get("weight_kind"), asked.get("clip_weights")
-            weighting = Weighting(batches, str(made), Path(name), kind, clip)
+            weighting = Weighting(batches, made, Path(name), kind, clip)
             files, rows = write_parts(folder, census.keep(iter(weighting)))
         if not rows:
             raise ValueError("no row fits the budget: the first one already exceeds it")
