@@ -14,10 +14,11 @@ GRAM_ROWS = 8
 
 @dataclass(frozen=True)
 class Truth:
-    """Squared norms [rows] by case, and the inner products of the first rows' block matrices."""
+    """Squared norms [rows] by case, and inner products of the first rows' gradients."""
 
     norms: dict[str, Tensor]
-    gram: Tensor
+    grams: tuple[Tensor, Tensor]
+    """Over the block layers' matrices, and with their biases besides."""
 
 
 def ekfac(subject: Subject, folder: Path) -> Tensor:
@@ -43,30 +44,34 @@ def truths(subject: Subject, folder: Path) -> Truth:
     ids = subject.ids(folder)
     named = dict(model.named_parameters())
     matrices = [f"{layer}.weight" for layer in subject.block_layers]
-    biased = {f"{layer}.{kind}" for layer in subject.block_layers for kind in ("weight", "bias")}
+    biases = [f"{layer}.bias" for layer in subject.block_layers]
     norms: dict[str, list[Tensor]] = {BLOCK: [], BIASED: [], ALL: []}
-    kept = []
+    kept: tuple[list[Tensor], list[Tensor]] = [], []
     for row in range(subject.rows):
         loss = row_losses(model, ids[row : row + 1]).sum()
         grads = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
         squares = {name: grad.square().sum() for name, grad in grads.items()}
         norms[BLOCK].append(sum(squares[name] for name in matrices))
-        norms[BIASED].append(sum(squares[name] for name in biased))
+        norms[BIASED].append(sum(squares[name] for name in matrices + biases))
         norms[ALL].append(sum(squares.values()))
         if row < GRAM_ROWS:
-            kept.append(torch.cat([grads[name].flatten().cpu() for name in matrices]))
-    stacked = torch.stack(kept)
+            for rows, names in zip(kept, (matrices, biases), strict=True):
+                rows.append(torch.cat([grads[name].flatten().cpu() for name in names]))
+    alone, added = (x @ x.T for x in map(torch.stack, kept))
     by_case = {case: torch.stack(values).cpu() for case, values in norms.items()}
-    return Truth(by_case | {TOGETHER: by_case[ALL]}, stacked @ stacked.T)
+    return Truth(by_case | {TOGETHER: by_case[ALL]}, (alone, alone + added))
 
 
 def error_of(case: str, found: Tensor, truth: Truth) -> float:
-    """Return the largest relative error of norms, or the relative error of a sketch's products."""
+    """Return the largest relative error of norms, or the relative error of a sketch's products.
+
+    A sketch may count biases with their layers, as LoGra's does: the nearer truth is taken.
+    """
     found = found.double().cpu()
     if case in truth.norms:
         return float(((found.flatten() - truth.norms[case]) / truth.norms[case]).abs().max())
-    few = found[: len(truth.gram)]
-    return gram_error(few @ few.T, truth.gram)
+    few = found[: len(truth.grams[0])]
+    return min(gram_error(few @ few.T, gram) for gram in truth.grams)
 
 
 def gram_error(estimate: Tensor, exact: Tensor) -> float:
