@@ -90,8 +90,7 @@ def token_sums(
         online = OnlineSoftmax(target[rows].masked_fill(ignored, 0), wants_statistics)
         online.add(z[:here].copy_(flat[rows]), (weights if wants_statistics else z)[:here])
         sums, _ = online.sums()
-        for column, value in zip(out, sums[:-1], strict=True):
-            column[rows] = value.masked_fill(ignored, 0.0)
+        out[:, rows] = torch.stack(sums[:-1]).masked_fill_(ignored, 0.0)
         argmax[rows] = sums.argmax.masked_fill(ignored, 0)
     each = out.view(len(out), *targets.shape)
     return TokenSums._make((*each, argmax.view(targets.shape)))

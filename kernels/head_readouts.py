@@ -36,6 +36,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return a @ b (of matrices, or of batches of them), added up and kept in float32 or more."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.matmul(a, b, out=out)
+    if not multiplies_16_bits(a.device):
+        return torch.matmul(a.float(), b.float(), out=out)
     matmul = torch.bmm if a.dim() == 3 else torch.mm
     if out is None:
         return matmul(a, b, out_dtype=torch.float32)
@@ -43,7 +45,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def multiplies_16_bits(device: torch.device) -> bool:
-    """Return whether `multiply` takes 16-bit factors: torch 2.8 and CUDA."""
+    """Return whether 16-bit factors can have a float32 product here: torch 2.8 on CUDA."""
     return device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype")
 
 

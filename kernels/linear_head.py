@@ -13,7 +13,6 @@ so each tile of logits is made once, read while it is in cache, and dropped. Onl
 target are computed at all.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -46,6 +45,7 @@ from curate.kernels.online_softmax import (
 from curate.kernels.rademacher import Key, signs
 from curate.kernels.softmax_tiles import OnlineSoftmaxKernels, exponentials, totals
 from curate.kernels.summation import accumulator, inner
+from curate.kernels.token_blocks import TokenBlock, token_blocks
 
 # Elements of a tile of logits. CPU: logits and errors (4 MiB each) stay in the last-level cache.
 SCRATCH_CPU = 1 << 20
@@ -180,10 +180,10 @@ def head_sums(
         and uses_triton(hidden, weight)
         and hidden.dtype == weight.dtype
     ):
-        for block in _blocks(targets, max(1, size.scratch // hidden.shape[2]), by_row=False):
+        for block in token_blocks(targets, max(1, size.scratch // hidden.shape[2]), by_row=False):
             results.put(block, _forward_sums(hidden, weight, bias, targets, block))
         return results.sums()
-    for block in _blocks(targets, size.tokens, by_row):
+    for block in token_blocks(targets, size.tokens, by_row):
         results.put(block, _block_sums(hidden, weight, bias, targets, block, wants, size))
     return results.sums()
 
@@ -206,7 +206,7 @@ def head_sq_norm(
     dtype, d = accumulator(hidden), weight.shape[1]
     scratch = SCRATCH_GPU if hidden.is_cuda else SCRATCH_CPU
     out = hidden.new_zeros(len(hidden), dtype=dtype)
-    for block in _blocks(targets, TOKENS_CPU, by_row=True):
+    for block in token_blocks(targets, TOKENS_CPU, by_row=True):
         r, p = len(block.rows), block.places
         h = block.fill(hidden, _factors(hidden, weight))
         y, lse_, e_y = (x.flatten()[block.index] for x in (targets.clamp(min=0), lse, error_target))
@@ -293,51 +293,6 @@ def _factors(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype if is_16_bit and uses_triton(hidden) else accumulator(hidden)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The target tokens of r rows, p places each; a row with fewer leaves its last places empty."""
-
-    rows: Int[Tensor, " r"]
-    places: int
-    index: Int[Tensor, " n"]
-    """Position in the flattened [b * t], anything for an empty place"""
-    is_real: Tensor | None
-    """Which places are no empty ones [n]; None: all"""
-
-    def fill(self, x: Float[Tensor, "b t d"], dtype: torch.dtype) -> Float[Tensor, "n d"]:
-        taken = x.reshape(-1, x.shape[-1])[self.index].to(dtype)
-        return taken if self.is_real is None else taken.masked_fill_(~self.is_real[:, None], 0.0)
-
-
-def _blocks(targets: Int[Tensor, "b t"], tokens: int, by_row: bool) -> Iterator[_Block]:
-    """Yield the target tokens in blocks of at most `tokens`; of whole rows (or one) if `by_row`.
-
-    Rows with as many target tokens lie together, so that few places are empty.
-    """
-    is_target = targets != IGNORE
-    t = targets.shape[1]
-    if not by_row:
-        for index in torch.split(is_target.flatten().nonzero()[:, 0], tokens):
-            yield _Block(index // t, 1, index, None)
-        return
-    counts = is_target.sum(1)
-    order = counts.argsort(descending=True, stable=True)
-    first = (~is_target).byte().argsort(dim=1, stable=True)
-    sizes, start = counts[order].tolist(), 0
-    while start < len(sizes) and (places := sizes[start]) > 0:
-        stop = min(start + max(1, tokens // places), len(sizes))
-        while sizes[stop - 1] == 0:
-            stop -= 1
-        rows = order[start:stop]
-        index = rows[:, None] * t + first[rows, :places]
-        is_real = None
-        if sizes[stop - 1] < places:
-            place = torch.arange(places, device=targets.device)
-            is_real = (place < counts[rows, None]).flatten()
-        yield _Block(rows, places, index.flatten(), is_real)
-        start = stop
-
-
 class _Size(NamedTuple):
     """How many tokens, and how many classes of each token, are worked on at a time."""
 
@@ -374,7 +329,7 @@ def _is_forward_only(wants: HeadWants, bias: Tensor | None) -> bool:
 
 
 def _forward_sums(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, block: _Block
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, block: TokenBlock
 ) -> dict[str, Tensor]:
     """Return the sums of one block of tokens from tiles of logits that are never written."""
     y = targets.flatten()[block.index]
@@ -389,7 +344,7 @@ def _block_sums(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    block: _Block,
+    block: TokenBlock,
     wants: HeadWants,
     size: _Size,
 ) -> dict[str, Tensor]:
@@ -448,7 +403,7 @@ def _readouts(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    block: _Block,
+    block: TokenBlock,
     wants: HeadWants,
 ) -> dict[str, Readout]:
     """Return what takes in the tiles for each thing wanted, by its name in HeadSums."""
@@ -506,7 +461,7 @@ class _Results:
         dtype = dtype or accumulator(self._hidden)
         self._all[name] = self._hidden.new_zeros(*self._targets.shape, *shape, dtype=dtype)
 
-    def put(self, block: _Block, values: dict[str, Tensor]) -> None:
+    def put(self, block: TokenBlock, values: dict[str, Tensor]) -> None:
         """Write a block's results where its tokens are."""
         real = slice(None) if block.is_real is None else block.is_real
         index = block.index[real]
@@ -519,7 +474,7 @@ class _Results:
                     values[name].reshape(len(block.index), *out.shape[2:])[real].to(out.dtype)
                 )
 
-    def _put_gram(self, block: _Block, out: Tensor, gram: Tensor) -> None:
+    def _put_gram(self, block: TokenBlock, out: Tensor, gram: Tensor) -> None:
         r, places, _ = gram.shape
         if block.is_real is not None:
             real = block.is_real.view(r, places)

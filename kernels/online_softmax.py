@@ -22,7 +22,6 @@ from torch import Tensor
 IGNORE = -100
 # 2^x takes a quarter of the time of e^x: torch hands e^x to MKL, which rounds it correctly.
 LOG2E = math.log2(math.e)
-_BLOCK = 256
 
 
 class TokenStatistics(NamedTuple):
@@ -91,7 +90,7 @@ class OnlineSoftmax:
         z is overwritten; it may be `weights` itself where no statistics are wanted. E of the target
         is 0. Returns what earlier tiles' E have to be multiplied by; None for the first tile.
         """
-        self._take_target(z, first)
+        place, inside = self._take_target(z, first)
         if self._wants_statistics:
             tile_top, tile_index = first_max(z)
             self.top_index = torch.where(tile_top > self.top, tile_index + first, self.top_index)
@@ -104,9 +103,10 @@ class OnlineSoftmax:
         total = weights.sum(-1)
         norm = torch.linalg.vector_norm(weights, dim=-1).double()
         if self._wants_statistics:
-            spread = torch.linalg.vecdot(weights, z)
+            z.scatter_(1, place, torch.where(inside, 0.0, z.gather(1, place)))
+            spread = z.mul_(weights).sum(-1)
             if not bool(spread.isfinite().all()):  # 0 * -inf: such a class adds nothing
-                spread = torch.linalg.vecdot(weights, z.clamp_(min=-1e4))
+                spread = z.nan_to_num_(nan=0.0).sum(-1)
         step = before - self.shift  # -inf as long as nothing but the target was seen
         factor = step.exp()
         if self._wants_statistics:
@@ -117,14 +117,18 @@ class OnlineSoftmax:
         was_empty, self._is_empty = self._is_empty, False
         return None if was_empty else factor.to(z.dtype)
 
-    def _take_target(self, z: Tensor, first: int) -> None:
-        """Keep the target's logit if this tile holds it, and put -inf in its place."""
-        place = self._targets - first
+    def _take_target(self, z: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Keep the target's logit if this tile holds it, and put -inf in its place.
+
+        Returns the place [n, 1], any one if it is not here, and whether it is here [n, 1].
+        """
+        place = (self._targets - first)[:, None]
         inside = (place >= 0) & (place < z.shape[1])
-        place = place.clamp_(0, z.shape[1] - 1)[:, None]
-        found = z.gather(1, place)[:, 0]
-        self.target_logit = torch.where(inside, found.double(), self.target_logit)
-        z.scatter_(1, place, torch.where(inside, -torch.inf, found)[:, None])
+        place = place.clamp_(0, z.shape[1] - 1)
+        found = z.gather(1, place)
+        self.target_logit = torch.where(inside[:, 0], found[:, 0].double(), self.target_logit)
+        z.scatter_(1, place, torch.where(inside, -torch.inf, found))
+        return place, inside
 
     def sums(self) -> tuple[TokenSums, Float[Tensor, " n"]]:
         """Return what the tiles so far add up to, and the scale of E, in float64.
@@ -162,16 +166,17 @@ class OnlineSoftmax:
 def first_max(z: Float[Tensor, "n w"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return each row's largest element and the first place where it is.
 
-    Blocks of 256 first: torch's arg-max reads ten times slower than its maximum.
+    By blocks: torch's arg-max reads ten times slower than its maximum.
     """
-    main = z.shape[1] // _BLOCK * _BLOCK
-    if main <= _BLOCK:
+    width = 256 if z.shape[1] >= 4096 else 64
+    main = z.shape[1] // width * width
+    if main <= width:
         top, at = z.max(1)
         return top, at
-    blocks = z[:, :main].view(len(z), -1, _BLOCK)
+    blocks = z[:, :main].view(len(z), -1, width)
     _, block = blocks.amax(2).max(1)
-    top, at = blocks.take_along_dim(block[:, None, None], 1).squeeze(1).max(1)
-    at = at + block * _BLOCK
+    top, at = blocks[torch.arange(len(z), device=z.device), block].max(1)
+    at = at + block * width
     if main < z.shape[1]:
         tail, tail_at = z[:, main:].max(1)
         top, at = torch.where(tail > top, tail, top), torch.where(tail > top, tail_at + main, at)

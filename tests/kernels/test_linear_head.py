@@ -156,6 +156,63 @@ def test_triton_agrees_with_float64(dtype, scratch, backend, device, monkeypatch
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scratch", [300, 1 << 20])
+def test_errors_of_16_bits_are_as_good_as_their_rounding(
+    dtype, scratch, backend, device, monkeypatch
+) -> None:
+    """As on a GPU, whose tensor cores multiply 16-bit factors into float32."""
+    monkeypatch.setattr(linear_head, "multiplies_16_bits", lambda device: True)
+    monkeypatch.setattr(linear_head, "SCRATCH_CPU", scratch)
+    shape = 2, 5, 70, 9
+    b, t, v, _ = shape
+    hidden, weight, bias, targets = (
+        x.to(device) for x in _case(*shape, 1, has_bias=True, dtype=dtype)
+    )
+    wants = _all_wants(*shape, 1)
+    assert wants.directions is not None
+    wants = replace(wants, directions=wants.directions.to(dtype))
+    sums = head_sums(hidden, weight, bias, targets, wants)
+    truth, got = _truth(hidden, weight, bias, targets, wants), _named(sums)
+    real = targets != -100
+    one_hot = F.one_hot(targets.clamp(min=0), v)
+    z = hidden.double().nan_to_num() @ weight.double().T + bias.double()
+    e = ((z.softmax(-1) - one_hot) * real[..., None]).abs()
+    # Each E is rounded once: what is summed over classes is off by at most eps / 2 of the sum of
+    # the sizes of its terms. The target's own error stays float32.
+    eps = torch.finfo(dtype).eps
+    products = torch.einsum(
+        "mvd,btd->btmv", wants.directions.double(), hidden.double().nan_to_num()
+    )
+    bounds = {
+        "hidden_grad": 1.5 * eps * (e @ weight.double().abs()),  # and the result itself
+        "gram": eps * (e @ e.mT),
+        "sketch": eps / 2 * e.sum(-1, keepdim=True),
+        "dots": eps / 2 * torch.einsum("btv,btmv->btm", e, products.abs()),
+        "columns": eps / 2,
+        "aligned": eps
+        / 2
+        * (e @ weight.double().abs() * hidden.double().nan_to_num().abs()).sum(-1),
+    }
+    for name, value in got.items():
+        excess = (value.double() - truth[name]).abs() - bounds.get(name, 0.0)
+        assert excess.max() <= 2e-5 * max(1, float(truth[name].abs().max())), name
+    seeds = torch.randn(b, t, device=device) * 1e-6  # lost in half precision if taken as they are
+    norm = head_sq_norm(hidden, weight, bias, targets, sums.lse, sums.error_target, seeds)
+    exact = [
+        (x * s[:, None]).mT @ h
+        for x, s, h in zip(
+            (z.softmax(-1) - one_hot) * real[..., None],
+            seeds.double(),
+            hidden.double().nan_to_num(),
+            strict=True,
+        )
+    ]
+    want = torch.stack([g.square().sum() for g in exact])
+    torch.testing.assert_close(norm.double(), want, rtol=4 * eps, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Ragged rows and aligned ones; classes below one block and in several parts; more than one step
 # along the width.
@@ -226,9 +283,13 @@ def test_without_target_tokens_all_is_zero(shape, backend, device) -> None:
     b, t, v, d = shape
     hidden = torch.full((b, t, d), torch.nan, device=device)
     targets = torch.full((b, t), -100, device=device)
-    wants = replace(_all_wants(*shape, 0), columns=torch.zeros(b, 2, dtype=torch.long))
-    for value in _named(head_sums(hidden, torch.randn(v, d), None, targets, wants)).values():
-        assert value.shape[:2] == (b, t) and not value.any()
+    wants = replace(
+        _all_wants(*shape, 0), columns=torch.zeros(b, 2, dtype=torch.long, device=device)
+    )
+    weight = torch.randn(v, d, device=device)
+    for some in (wants, HeadWants(statistics=True), HeadWants(hidden_grad=True)):
+        for value in _named(head_sums(hidden, weight, None, targets, some)).values():
+            assert value.shape[:2] == (b, t) and not value.any()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
