@@ -5,8 +5,8 @@ import gzip
 import json
 import struct
 from collections import Counter
-from itertools import pairwise
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
