@@ -319,7 +319,7 @@ def _banded(i_tile, rows, columns):  # type: ignore[no-untyped-def]
 CONFIGS: Mapping[int, Mapping[tuple[int, bool], Config]] = {
     80: {
         (2, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32}, 8, 3),
-        (2, True): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, 4, 4),
+        (2, True): Config({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 64}, 4, 3),
         (4, False): Config({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 16}, 8, 2),
         (4, True): Config({"BLOCK_O": 32, "BLOCK_I": 64, "BLOCK_T": 16}, 4, 2),
     },
