@@ -19,7 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from curate.kernels import summation
-from curate.kernels.grad_tiles import by_length, grad_sq_norm_tiles, grad_tile_sums_packed
+from curate.kernels.grad_tiles import (
+    by_length,
+    grad_sq_norm_spans,
+    grad_sq_norm_tiles,
+    spans_of,
+)
 from curate.kernels.launch import Config, Variant, architecture, jit, precision, tl, uses_triton
 from curate.kernels.summation import (
     SCRATCH,
@@ -66,8 +71,8 @@ def grad_sq_norm_packed(
 ) -> Float[Tensor, " s"]:
     """Return the same for samples of any lengths: tokens starts[s] to starts[s + 1] are sample s's.
 
-    No work is done for padding, and none is needed. `starts` rises from 0 to n. On a GPU all
-    samples take the form that is cheaper for the longest; reading its length waits for the GPU.
+    No work is done for padding, and none is needed. `starts` rises from 0 to n. Each sample takes
+    the form that is cheaper at its length; on a GPU, reading the lengths waits for it.
     """
     dtype = torch.promote_types(accumulator(left), accumulator(right))
     out = left.new_zeros(len(starts) - 1, dtype=dtype)
@@ -75,12 +80,26 @@ def grad_sq_norm_packed(
         for rows, x, y in by_length(left, right, starts):
             out[rows] = grad_sq_norm(x, y).to(dtype)
         return out
-    longest = int(starts.diff().max()) if len(out) else 0
-    if cheaper_form(longest, left.shape[1], right.shape[1], left.device.type) == "gram":
-        return _launch_gram(left[None, None], right[None, None], starts, longest)
-    sums = grad_tile_sums_packed(left, right, starts, square=True)
-    assert sums.square is not None
-    return sums.square
+    spans = spans_of(starts.to(left.device))
+    lengths = spans[:, 1].cpu()
+    # One launch for each block of the Gram form, one for the tiles (0).
+    by_block: dict[int, list[int]] = {}
+    for t in sorted(set(lengths.tolist())):
+        by_block.setdefault(_packed_block(left, right, t), []).append(t)
+    for block, served in by_block.items():
+        rows = torch.isin(lengths, torch.tensor(served)).nonzero().squeeze(1).to(left.device)
+        if block:
+            x, y = left[None, None], right[None, None]
+            out[rows] = _launch_gram(x, y, spans[rows], served[-1])
+        else:
+            out[rows] = grad_sq_norm_spans(left, right, spans[rows])
+    return out
+
+
+def _packed_block(left: Tensor, right: Tensor, t: int) -> int:
+    """Return the Gram form's tokens to a block at this length, or 0 where tiles are cheaper."""
+    form = cheaper_form(t, left.shape[1], right.shape[1], left.device.type)
+    return _config(left[None, None], right[None, None], t).blocks["BLOCK_T"] * (form == "gram")
 
 
 # The share of both t x t matrices that symmetry leaves to multiply (smaller products are slower),
@@ -150,14 +169,14 @@ def _gram_product(x: Float[Tensor, "b t o"], y: Float[Tensor, "b t i"], levels: 
     return diagonal.add_(beside, alpha=2)
 
 
-def _launch_gram(left: Tensor, right: Tensor, starts: Tensor | None, t: int) -> Tensor:
+def _launch_gram(left: Tensor, right: Tensor, spans: Tensor | None, t: int) -> Tensor:
     left, right = addressable(left), addressable(right)
     samples, g, _, o = left.shape
-    if starts is not None:
-        samples, starts = len(starts) - 1, starts.to(left.device, torch.int64)
+    if spans is not None:
+        samples = len(spans)
     if t == 0 or samples * g == 0:
         return left.new_zeros(samples, dtype=torch.float32)
-    if t == 1 and starts is None:
+    if t == 1 and spans is None:
         return _launch_one_token(left, right)
     config = _config(left, right, t)
     count = -(-t // config.blocks["BLOCK_T"])
@@ -166,13 +185,13 @@ def _launch_gram(left: Tensor, right: Tensor, starts: Tensor | None, t: int) -> 
     sizes = (o, right.shape[3], *left.stride()[:3], *right.stride()[:3])
     parts = []
     for some in chunks(samples, g * pairs, summation.PARTIALS):
-        at = some if starts is None else slice(None)
+        at = some if spans is None else slice(None)
         partials = left.new_empty(some.stop - some.start, g * pairs, dtype=torch.float32)
         with on_device(left):
             _gram_kernel[(partials.numel(),)](
-                left[at], right[at], None if starts is None else starts[some.start :], partials,
+                left[at], right[at], None if spans is None else spans[some], partials,
                 t, g, pairs, *(size // unit for size in sizes),
-                PACKED=starts is not None, UNIT=unit,
+                PACKED=spans is not None, UNIT=unit,
                 PRECISION=precision(left if left.dtype == torch.float32 else right),
                 **config.options,
             )  # fmt: skip
@@ -195,7 +214,7 @@ def _launch_one_token(left: Tensor, right: Tensor) -> Tensor:
 
 @jit
 def _gram_kernel(  # type: ignore[no-untyped-def]
-    p_left, p_right, p_starts, p_out, t, g, pairs, o, i,
+    p_left, p_right, p_spans, p_out, t, g, pairs, o, i,
     left_s, left_g, left_t, right_s, right_g, right_t,
     PACKED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -213,8 +232,8 @@ def _gram_kernel(  # type: ignore[no-untyped-def]
     a = tl.where((a + 1) * (a + 2) // 2 <= i_pair, a + 1, a)
     b = i_pair - a * (a + 1) // 2
     if PACKED:
-        first = tl.load(p_starts + i_s)
-        length = (tl.load(p_starts + i_s + 1) - first).to(tl.int32)
+        first = tl.load(p_spans + 2 * i_s)
+        length = tl.load(p_spans + 2 * i_s + 1).to(tl.int32)
         p_left += first * left_t
         p_right += first * right_t
     else:
@@ -352,9 +371,9 @@ def variants(architecture: int) -> Iterator[Variant]:
                         "PRECISION": "ieee" if size == 4 else "tf32", **config.blocks,
                     }  # fmt: skip
                     if packed:
-                        types["p_starts"] = "*i64"
+                        types["p_spans"] = "*i64"
                     else:
-                        constants["p_starts"] = None
+                        constants["p_spans"] = None
                     yield Variant(
                         name + "_packed" * packed, _gram_kernel, types, constants,
                         config.num_warps, config.num_stages,

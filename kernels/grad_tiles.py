@@ -80,7 +80,8 @@ def grad_tile_sums_packed(
     """
     _check(left.shape[1], right.shape[1], weight, directions)
     if uses_triton(left, right):
-        return _launch(left[None, None], right[None, None], starts, square, weight, directions)
+        spans = spans_of(starts.to(left.device))
+        return _launch(left[None, None], right[None, None], spans, square, weight, directions)
     samples, m = len(starts) - 1, 0 if directions is None else len(directions)
     dtype = torch.promote_types(accumulator(left), accumulator(right))
     sizes = {"square": (samples,), "weighted": (samples,), "dots": (samples, m)}
@@ -149,6 +150,20 @@ def _check(rows: int, columns: int, weight: Tensor | None, directions: Tensor | 
             )
 
 
+def grad_sq_norm_spans(
+    left: Float[Tensor, "n o"], right: Float[Tensor, "n i"], spans: Int[Tensor, "s 2"]
+) -> Float[Tensor, " s"]:
+    """Return ||G||_F^2 of the samples in these spans of tokens, in the direct form, in Triton."""
+    square = _launch(left[None, None], right[None, None], spans, True, None, None).square
+    assert square is not None
+    return square
+
+
+def spans_of(starts: Int[Tensor, " e"]) -> Int[Tensor, "s 2"]:
+    """Return the first token and the number of tokens of each sample."""
+    return torch.stack([starts[:-1], starts.diff()], 1).to(torch.int64)
+
+
 def by_length(
     left: Float[Tensor, "n o"], right: Float[Tensor, "n i"], starts: Int[Tensor, " e"]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -198,15 +213,15 @@ def _tile_sums_torch(
 def _launch(
     left: Tensor,
     right: Tensor,
-    starts: Tensor | None,
+    spans: Tensor | None,
     square: bool,
     weight: Tensor | None,
     directions: Tensor | None,
 ) -> TileSums:
     left, right = addressable(left), addressable(right)
     samples, g, t, o = left.shape
-    if starts is not None:
-        samples, starts = len(starts) - 1, starts.to(left.device, torch.int64)
+    if spans is not None:
+        samples = len(spans)
     i = right.shape[3]
     w = None if weight is None else weight.to(torch.float32).contiguous()
     v = None if directions is None else directions.to(torch.float32).contiguous()
@@ -219,13 +234,13 @@ def _launch(
     sizes = (o, i, *left.stride()[:3], *right.stride()[:3])
     parts = []
     for some in chunks(samples if t * tiles else 0, quantities * tiles, summation.PARTIALS):
-        n, at = some.stop - some.start, some if starts is None else slice(None)
+        n, at = some.stop - some.start, some if spans is None else slice(None)
         partials = left.new_empty(quantities, n, tiles, dtype=torch.float32)
         with on_device(left):
             _tile_kernel[(tiles * n,)](
-                left[at], right[at], None if starts is None else starts[some.start :], w, v,
+                left[at], right[at], None if spans is None else spans[some], w, v,
                 partials, n, t, g, m, rows, columns, *(size // unit for size in sizes),
-                PACKED=starts is not None, SQUARE=square, WEIGHTED=w is not None,
+                PACKED=spans is not None, SQUARE=square, WEIGHTED=w is not None,
                 DIRECTIONS=v is not None, UNIT=unit,
                 PRECISION=precision(left if left.dtype == torch.float32 else right),
                 **config.options,
@@ -244,7 +259,7 @@ def _launch(
 
 @jit
 def _tile_kernel(  # type: ignore[no-untyped-def]
-    p_left, p_right, p_starts, p_weight, p_directions, p_out,
+    p_left, p_right, p_spans, p_weight, p_directions, p_out,
     s, t, g, m, rows, columns, o, i,
     left_s, left_g, left_t, right_s, right_g, right_t,
     PACKED: tl.constexpr, SQUARE: tl.constexpr, WEIGHTED: tl.constexpr, DIRECTIONS: tl.constexpr,
@@ -262,8 +277,8 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     i_row, i_column = _banded(i_within, rows, columns)
     i_row, i_column = i_row * BLOCK_O, i_column * BLOCK_I
     if PACKED:
-        first = tl.load(p_starts + i_s)
-        t = (tl.load(p_starts + i_s + 1) - first).to(tl.int32)
+        first = tl.load(p_spans + 2 * i_s)
+        t = tl.load(p_spans + 2 * i_s + 1).to(tl.int32)
         p_left += first * left_t
         p_right += first * right_t
     else:
@@ -383,7 +398,7 @@ def _variant(
         constants["g"] = 1
     else:
         types["g"] = "i32"
-    given = (("p_starts", packed, "*i64"), ("p_weight", w, "*fp32"), ("p_directions", d, "*fp32"))
+    given = (("p_spans", packed, "*i64"), ("p_weight", w, "*fp32"), ("p_directions", d, "*fp32"))
     for argument, is_given, kind in given:
         if is_given:
             types[argument] = kind

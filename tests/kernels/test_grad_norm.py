@@ -186,14 +186,18 @@ def test_packed_samples_are_those_alone(form, device, poisoned, monkeypatch) -> 
     assert got[1] == 0
 
 
-def test_a_packed_sample_has_the_same_bits_beside_others(backend, device, monkeypatch) -> None:
+def test_a_packed_sample_has_the_same_bits_beside_others(backend, device) -> None:
+    """Its form and its blocks follow from its own length, not from the longest one's."""
     if backend == "torch":
         pytest.skip("libraries choose their order by the size of the batch")
-    monkeypatch.setattr(grad_norm, "cheaper_form", lambda *_: "gram")
-    left, right = torch.randn(75, 5, device=device), torch.randn(75, 20, device=device)
-    whole = grad_sq_norm_packed(left, right, torch.tensor([0, 5, 35, 75], device=device))
-    fewer = grad_sq_norm_packed(left[5:], right[5:], torch.tensor([0, 30, 70], device=device))
-    assert torch.equal(whole[1:], fewer)
+    lengths = [5, 30, 40, 70]
+    left, right = torch.randn(145, 48, device=device), torch.randn(145, 64, device=device)
+    starts = torch.tensor([0, *lengths], device=device).cumsum(0)
+    whole = grad_sq_norm_packed(left, right, starts)
+    for row, (a, b) in enumerate(itertools.pairwise(starts.tolist())):
+        alone = torch.tensor([0, b - a], device=device)
+        assert torch.equal(grad_sq_norm_packed(left[a:b], right[a:b], alone), whole[row : row + 1])
+    assert {cheaper_form(t, 48, 64, device.type) for t in lengths} == {"gram", "tiles"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
