@@ -123,6 +123,7 @@ def _request(
         raise ValueError("say how much to keep: --budget 0.5, 50%, 10000 or 2e9tok")
     amount = parse_budget(1.0 if budget is None else budget)
     column, composite = _score_column(table, by, is_needed="by" in fields)
+    source: Table = table if composite is None else Composite(table, composite)
     needs_group = method == "balanced"
     group = _group_column(table, asked.get("by_group"), needs_group)
     if needs_group and "by_group" not in asked:
@@ -140,7 +141,6 @@ def _request(
         direction = _direction(table, asked["by"], composite, is_needed, end)
         asked |= {"direction": direction} if direction else {}
     selector = make_selector(method, **asked)
-    source: Table = table if composite is None else Composite(table, composite)
     need_columns(source, selector.needs)
     carry = _carried(source, column, group) if "carry" in fields else ()
     whole = make_selector(method, **asked, carry=carry) if carry else selector
@@ -246,7 +246,8 @@ def _kept_end(spec: dict[str, Any]) -> End:
 
 def _hard_end(spec: dict[str, Any]) -> End:
     """Return which end is hard; of AUM and its like a high value means easy."""
-    return "low" if scorer_from_spec(spec).direction.high_means.startswith("easy") else "high"
+    means = scorer_from_spec(spec).direction.high_means.partition(";")[0]
+    return "low" if "easy" in means else "high"
 
 
 def _turned(
@@ -323,10 +324,11 @@ def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifes
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Return in words what a manifest's request and a new one do not share."""
     found = []
+    settings = {*selector_fields(asked["selection"]["method"]), "weight_kind", "clip_weights"}
     for key, new in asked["selection"].items():
         old = there["selection"].get(key)
-        if key == "params":
-            old = {k: v for k, v in (old or {}).items() if k in new}
+        if key == "params":  # what came out stands there, too
+            old = {k: v for k, v in (old or {}).items() if k in settings and v is not None}
         if old != new:
             found.append(f"{key} {json.dumps(old)}, now {json.dumps(new)}")
     if there["corpus"] != asked["corpus"]:
@@ -341,10 +343,8 @@ def _write(request: Request, folder: Folder) -> Manifest:
     census = Census(request.table, request.by, request.group, request.budget.kind == "tokens")
     rng = np.random.default_rng(request.seed)
     selection = request.selector.select(census, request.budget, rng)
-    made, asked = (
-        selection.params.get("weight_kind", "none"),
-        request.content["selection"]["params"],
-    )
+    made = str(selection.params.get("weight_kind", "none"))
+    asked = request.content["selection"]["params"]
     try:
         with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:
             batches = _with_columns(selection, census, request)

@@ -316,3 +316,173 @@ def test_columns_are_attached_for_selectors_that_do_not_carry_them(scores):
     plain = Top(by="el2n").select(table, budget, rng).batches
     joined = attached(iter(plain), Census(table, None, None), columns)
     assert pa.Table.from_batches(list(joined)).equals(pa.Table.from_batches(list(carried)))
+
+
+@pytest.fixture
+def several(tmp_path: Path, corpus: str) -> tuple[Path, dict[str, np.ndarray]]:
+    """A table of several scores, tokens and a language."""
+    rng = np.random.default_rng(5)
+    scores = {n: rng.gamma(1.0, size=100).astype(np.float32) for n in ("el2n", "aum", "margin")}
+    scores["el2n"][[3, 70]] = np.nan
+    lang = np.repeat(["de", "en", "fr"], [20, 70, 10])
+    tokens = rng.integers(1, 9, 100)
+    table = write_scores(tmp_path / "several", corpus, scores, lang=lang, tokens=tokens)
+    return table, {**scores, "lang": lang, "tokens": tokens}
+
+
+def ranks(x):
+    from scipy.stats import rankdata
+
+    found, there = np.full(len(x), np.nan), ~np.isnan(x)
+    found[there] = rankdata(x[there]) / there.sum()
+    return found
+
+
+def test_a_composite_score_is_selected_by(several, tmp_path):
+    table, values = several
+    by = "0.7*rank(el2n) - 0.3*rank(margin)"
+    manifest = select(table, by=by, budget=20, out=tmp_path / "m")
+    # Rows with errors have no rank in any column.
+    margin = np.where(np.isnan(values["el2n"]), np.nan, values["margin"])
+    expected = 0.7 * ranks(values["el2n"]) - 0.3 * ranks(margin)
+    best = np.argsort(-np.nan_to_num(expected, nan=-np.inf), kind="stable")[:20]
+    assert positions(manifest) == sorted(best.tolist())
+    chosen = manifest.content["selection"]
+    # el2n and margin are kept high and low, and the expression falls with margin.
+    assert (chosen["by"], chosen["direction"]) == (by, "high")
+    assert manifest.summary["score"]["kept_mean"] == pytest.approx(expected[best].mean(), rel=1e-5)
+    assert select(table, by=by, budget=20, out=tmp_path / "m").content == manifest.content
+
+
+def test_directions_of_composites_are_agreed_on_or_said(several, tmp_path):
+    table, _ = several
+    with pytest.raises(ValueError, match=r"do not agree on which end to keep; .*--direction high"):
+        select(table, by="el2n + margin", budget=20, out=tmp_path / "m")
+    with pytest.raises(ValueError, match="do not agree"):
+        select(table, by="el2n * aum", budget=20, out=tmp_path / "m")
+    low = select(table, by="-rank(el2n) + rank(margin)", budget=20, out=tmp_path / "low")
+    assert low.content["selection"]["direction"] == "low"
+    said = select(table, by="el2n * aum", direction="low", budget=20, out=tmp_path / "said")
+    assert said.content["selection"]["direction"] == "low"
+    top = select(table, by="el2n * aum", method="top", budget=20, out=tmp_path / "top")
+    assert len(top) == 20
+    for by, end in (("el2n", "high"), ("aum", "low"), ("margin", "low")):
+        ccs = select(table, by=by, method="ccs", budget=20, out=tmp_path / f"ccs-{by}")
+        assert ccs.content["selection"]["direction"] == end  # the hard end
+    with pytest.raises(ValueError, match="method 'top' has no parameter 'direction'"):
+        select(table, by="aum", method="top", direction="low", budget=20, out=tmp_path / "no")
+
+
+def test_weights_are_written_with_their_meaning(several, tmp_path):
+    table, values = several
+    asked = {"by": "aum", "budget": 30, "method": "importance", "seed": 2}
+    manifest = select(table, **asked, params={"mix": 0.1}, out=tmp_path / "m")
+    weights = pa.Table.from_batches(list(manifest.batches()))["weight"].to_numpy()
+    assert manifest.weight_kind == "loss" and weights.mean() == pytest.approx(1, rel=1e-6)
+    report = manifest.content["selection"]["params"]["weights"]
+    assert report["effective_rows"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    assert report["largest"] == pytest.approx(weights.max()) and report["scale"] > 0
+    scores = values["aum"][positions(manifest)]
+    assert manifest.summary["score"]["kept_weighted_mean"] == pytest.approx(
+        (weights @ scores) / weights.sum(), rel=1e-5
+    )
+    assert f"as good as {report['effective_rows']:.1f} rows" in str(manifest)
+    rate = select(table, **asked, params={"mix": 0.1}, weight_kind="sampling", out=tmp_path / "s")
+    assert rate.weight_kind == "sampling"
+    same = pa.Table.from_batches(list(rate.batches()))["weight"].to_numpy()
+    assert np.array_equal(same, weights)
+    clipped = select(table, **asked, params={"mix": 0.1}, clip_weights=1.5, out=tmp_path / "c")
+    cut = pa.Table.from_batches(list(clipped.batches()))["weight"].to_numpy()
+    assert cut.max() == pytest.approx(1.5, rel=1e-5) and cut.mean() == pytest.approx(1, rel=1e-5)
+    assert "of all weight, which biases" in str(clipped)
+    # Another weighting is another selection, also where the first one asked for nothing.
+    for how in ({"weight_kind": "sampling"}, {"clip_weights": 1.5}, {"params": {}}):
+        with pytest.raises(ValueError, match="holds another selection"):
+            select(table, **{**asked, "params": {"mix": 0.1}, **how}, out=tmp_path / "m")
+    with pytest.raises(ValueError, match="holds another selection"):
+        select(table, **asked, params={"mix": 0.1}, out=tmp_path / "c")
+    repeats = select(table, by="aum", budget=60, method="pa_da", out=tmp_path / "r")
+    counts = pa.Table.from_batches(list(repeats.batches()))["weight"].to_numpy()
+    assert repeats.weight_kind == "repeat" and counts.sum() == 60 and len(repeats) < 60
+
+
+def test_a_repeated_selection_comes_as_often_as_it_says(several, tmp_path):
+    table, _ = several
+    manifest = select(table, by="aum", budget=60, method="pa_da", out=tmp_path / "r")
+    rows = pa.Table.from_batches(list(manifest.batches()))
+    expected = {
+        (shard, row): round(weight)
+        for shard, row, weight in zip(
+            *(rows[name].to_pylist() for name in ("shard", "row", "weight")), strict=True
+        )
+    }
+    seen: dict[tuple[int, int], int] = {}
+    for batch in manifest.as_torch(batch_size=7):
+        for key in zip(batch["__shard"].tolist(), batch["__row"].tolist(), strict=True):
+            seen[key] = seen.get(key, 0) + 1
+    assert seen == expected
+
+
+def test_groups_keep_their_least_share(several, tmp_path):
+    table, _ = several
+    asked = {"by": "el2n", "budget": 20, "by_group": "lang", "params": {"min_shares": 0.2}}
+    manifest = select(table, **asked, out=tmp_path / "m")
+    kept = {group: n["kept"] for group, n in manifest.content["groups"].items()}
+    assert sum(kept.values()) == 20 and min(kept.values()) >= 4
+    params = manifest.content["selection"]["params"]
+    assert (params["by_group"], params["min_shares"]) == ("lang", 0.2)
+    plain = select(table, by="el2n", budget=20, out=tmp_path / "p").content
+    assert "min_shares" not in plain["selection"]["params"]
+
+
+def test_random_spreads_are_those_of_random_selections(several, tmp_path):
+    table, values = several
+    manifest = select(table, by="aum", method="top", budget=30, by_group="lang", out=tmp_path / "m")
+    rng, good = np.random.default_rng(0), np.flatnonzero(~np.isnan(values["el2n"]))
+    drawn = [rng.choice(good, 30, replace=False) for _ in range(4000)]
+    score = manifest.summary["score"]
+    means = [values["aum"][rows].astype(float).mean() for rows in drawn]
+    assert score["random_mean"] == pytest.approx(np.mean(means), rel=0.01)
+    assert score["random_sd"] == pytest.approx(np.std(means), rel=0.06)
+    english = [(values["lang"][rows] == "en").sum() for rows in drawn]
+    group = manifest.summary["groups"]["en"]
+    assert group["random"] == pytest.approx(np.mean(english), rel=0.01)
+    assert group["random_sd"] == pytest.approx(np.std(english), rel=0.06)
+
+
+def test_random_of_a_token_budget_has_as_many_tokens(several, tmp_path):
+    table, values = several
+    manifest = select(table, by="aum", method="top", budget="150tok", out=tmp_path / "m")
+    kept, good = positions(manifest), ~np.isnan(values["el2n"])
+    share = values["tokens"][kept].sum() / values["tokens"][good].sum()
+    random = manifest.summary["random"]
+    assert random["overlap"] == pytest.approx(share)
+    assert random["rows"] == pytest.approx(98 * share)
+    assert random["rows_in_common"] == pytest.approx(len(kept) * share)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"by": "el2n + el2m"},
+            r"names 'el2m', which the score table does not have .* character 8$",
+        ),
+        ({"by": "rnk(el2n)"}, "has no function 'rnk'.* at character 1"),
+        ({"by": "el2n +"}, "cannot be read: .* at character 7"),
+        ({"by": "rank(lang)"}, "'lang' holds string, not scores"),
+        ({"by": "aum", "weight_kind": "heavy"}, "unknown kind of weights"),
+        ({"by": "aum", "clip_weights": 0.5}, "above 1"),
+        ({"by": "aum", "clip_weights": 5}, "makes no weights"),
+        ({"by": "aum", "by_group": "x"}, "no column 'x'"),
+        ({"by": "aum - 9", "method": "importance"}, "finite and at least 0"),
+        ({"by": "aum - aum", "method": "importance"}, "all scores of .* are 0"),
+        ({"by": "aum", "method": "pa_da", "budget": "9tok"}, "not in tokens"),
+        ({"by": "aum", "method": "importance", "weight_kind": "repeat"}, "no whole multiples"),
+    ],
+)
+def test_mistakes_in_scores_and_weights_leave_nothing(several, tmp_path, asked, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        select(several[0], out=tmp_path / "m", **{"budget": 0.5, **asked})
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "m").glob("*.*"))
