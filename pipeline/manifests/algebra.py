@@ -15,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64
 from numpy import ndarray
 
-from curate.pipeline.manifests.claim import claim, of_manifests
+from curate.pipeline.manifests.claim import found_again, make_free, of_manifests
 from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.merge import Source, Window, windows
 from curate.pipeline.manifests.mixed_corpus import split_description
@@ -192,7 +192,7 @@ class _Request:
                     manifest.path,
                 )
         request = self._selection()
-        if (found := claim(folder, request, self.overwrite)) is not None:
+        if (found := found_again(folder, request, self.overwrite)) is not None:
             log.info("%s holds this selection already", folder.uri)
             return found
         total, rows = 0.0, 0
@@ -201,6 +201,7 @@ class _Request:
         if not rows:
             names = ", ".join(m.path for m in self.manifests)
             raise ValueError(f"nothing is left: the {self.method} of {names} is empty")
+        make_free(folder)
         scale = rows / total if self._is_relative and total > 0 else 1.0
         try:
             files, written = write_parts(folder, self._batches(sources, chosen, scale))

@@ -7,8 +7,8 @@ from curate.pipeline.manifests.manifest import NAME, Manifest, is_part
 from curate.pipeline.storing.storage import Folder
 
 
-def claim(folder: Folder, selection: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """Return the whole manifest of an equal request, or make the folder free for a new one.
+def found_again(folder: Folder, selection: dict[str, Any], overwrite: bool) -> Manifest | None:
+    """Return the whole manifest of an equal request, None where a new one may be written.
 
     `selection` is what `manifest.json` will say of the request; results may be missing from it.
 
@@ -31,10 +31,15 @@ def claim(folder: Folder, selection: dict[str, Any], overwrite: bool) -> Manifes
         raise ValueError(
             f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
         )
+    return None
+
+
+def make_free(folder: Folder) -> None:
+    """Remove a manifest and what an interrupted one left."""
+    names = folder.names()
     for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
         folder.delete(name)
     folder.clean_tmp()
-    return None
 
 
 def of_manifests(manifests: list[Manifest]) -> list[dict[str, Any]]:

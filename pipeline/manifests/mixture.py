@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.pipeline.manifests.algebra import Path_, first_columns, sampled
-from curate.pipeline.manifests.claim import claim, of_manifests
+from curate.pipeline.manifests.claim import found_again, make_free, of_manifests
 from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.merge import windows
 from curate.pipeline.manifests.mixed_corpus import mix_corpora
@@ -68,12 +68,13 @@ def mix(
             "means": by,
         },
     }
-    if (found := claim(folder, request, overwrite)) is not None:
+    if (found := found_again(folder, request, overwrite)) is not None:
         return found
     corpus = mix_corpora([m.corpus for m in opened])
     scales = [1.0] * len(opened)
     if by != "rows":
         scales = [share * sum(taken) / _sum(m) for share, m in zip(shares, opened, strict=True)]
+    make_free(folder)
     try:
         batches = _batches(opened, taken, seed, scales if by != "rows" else None)
         files, rows = write_parts(folder, batches)

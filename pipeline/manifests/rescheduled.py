@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from numpy import ndarray
 
 from curate.pipeline.manifests.algebra import Path_, first_columns
-from curate.pipeline.manifests.claim import claim, of_manifests
+from curate.pipeline.manifests.claim import found_again, make_free, of_manifests
 from curate.pipeline.manifests.curriculum import hard_end
 from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.row_source import RowSource
@@ -74,9 +74,10 @@ def schedule(
         made = make_schedule(rule, seed, epochs, asked)  # all is checked before anything is written
     else:
         make_schedule(rule, seed, epochs, {**asked, "groups": ("any",), "rows": (1,)})
-    if (found := claim(folder, request, overwrite)) is not None:
+    if (found := found_again(folder, request, overwrite)) is not None:
         log.info("%s holds this schedule already", folder.uri)
         return found
+    make_free(folder)
     try:
         files, _ = write_parts(folder, groups.batches() if groups else _batches(opened))
     except Exception:

@@ -43,9 +43,8 @@ class Listed:
 
 def shown(places, rule: str, epoch: int, loader_seed: int = 0, **params) -> np.ndarray:
     epochs, seed = params.pop("epochs", None), params.pop("seed", 3)
-    plan = EpochPlan(
-        places, "none", loader_seed, epoch, 4096, make_schedule(rule, seed, epochs, params)
-    )
+    made = make_schedule(rule, seed, epochs, params)
+    plan = EpochPlan(places, "none", loader_seed, epoch, 4096, made)
     return plan.positions(0, plan.length)
 
 
