@@ -12,13 +12,14 @@ from curate.scorers.head_part import HeadPart
 from curate.scorers.parts import Full, Layout, join
 from curate.scorers.protocol import IGNORE, Outputs
 from curate.scorers.readouts import Dots, sq_norm
+from curate.scorers.row_map import RowMap
 from curate.scorers.uses import Overwritten, Saved, Use
 
 STATISTICS = frozenset({"el2n", "entropy", "margin", "correct", "tokens"})
 
 
 def row_statistics(
-    outputs: Outputs, gathered: Gathered, rows: int, row_ids: Tensor | None
+    outputs: Outputs, gathered: Gathered, row_map: RowMap
 ) -> dict[str, Float[Tensor, " b"]]:
     """Return el2n, entropy, margin and correct as means over each row's target tokens, and tokens.
 
@@ -30,8 +31,8 @@ def row_statistics(
     if each is None or each.el2n.shape != targets.shape:
         each = _token_statistics(outputs, targets)
     mask = (targets != IGNORE).to(each.el2n.dtype)
-    tokens = per_row(mask, rows, row_ids)
-    means = {name: per_row(value, rows, row_ids) / tokens for name, value in each._asdict().items()}
+    tokens = row_map.total(mask)
+    means = {name: row_map.total(value) / tokens for name, value in each._asdict().items()}
     return means | {"tokens": tokens}
 
 
@@ -65,12 +66,6 @@ def _token_statistics(outputs: Outputs, targets: Tensor) -> TokenStatistics:
     return TokenStatistics(*(torch.cat(p).view(targets.shape) for p in zip(*parts, strict=True)))
 
 
-def per_row(x: Tensor, rows: int, row_ids: Tensor | None) -> Float[Tensor, " b"]:
-    """Return the sum over each row's sequences and everything in them."""
-    x = x.flatten(1).sum(1) if x.dim() > 1 else x
-    return x if row_ids is None else x.new_zeros(rows).index_add_(0, row_ids, x)
-
-
 @dataclass
 class HeadWatch:
     """Looks at the head's use: its input, and the alignment of its gradient with its weight.
@@ -83,8 +78,7 @@ class HeadWatch:
 
     weight: Tensor
     bias: Tensor | None
-    rows: int
-    row_ids: Tensor | None
+    row_map: RowMap
     wants_alignment: bool
     alignment: Float[Tensor, " b"] | None = None
     logit_norm: Float[Tensor, " b"] | None = None
@@ -107,12 +101,12 @@ class HeadWatch:
             return
         name = self._use.params["weight"].name
         parts = self._use.parts(g, self._layout, frozenset({"weight", "bias"}))
-        gradient = join(name, self.weight.shape, [parts["weight"]], self.rows, self.row_ids)
+        gradient = join(name, self.weight.shape, [parts["weight"]], self.row_map)
         try:
             products = accumulable(g) * accumulable(self._out.get())
-            inner = per_row(self._layout.rows_first(products), self.rows, self.row_ids)
+            inner = self.row_map.total(self._layout.rows_first(products))
             if self.bias is not None and isinstance(part := parts.get("bias"), Full):
-                inner = inner - per_row(part.grad * self.bias, self.rows, self.row_ids)
+                inner = inner - self.row_map.total(part.grad * self.bias)
         except Overwritten:  # the logits were scaled in place: multiply by W after all
             inner = Dots({name: self.weight[None]})(gradient)[:, 0]
         self._align(inner, sq_norm(gradient))

@@ -12,9 +12,10 @@ from torch import Tensor
 from curate.kernels.cross_entropy import TokenStatistics, active_gathering
 from curate.kernels.linear_head import HeadSums, HeadWants, head_pass
 from curate.scorers.head_part import HeadPart
-from curate.scorers.parts import Full, Layout, Part, RowGroups, regroup, ungroup
+from curate.scorers.parts import Full, Layout, Part
 from curate.scorers.protocol import IGNORE
 from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
+from curate.scorers.row_map import RowMap
 from curate.scorers.uses import Lookup, Saved, Use, by_role
 
 
@@ -24,22 +25,21 @@ class HeadCall:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor):
         self.weight, self.bias, self.targets = weight, bias, targets
         self.saved, self._hidden = Saved(hidden), hidden
-        self._wants = HeadWants()
-        self._groups: RowGroups | None = None
+        self._wants, self._row_map = HeadWants(), RowMap(len(targets))
         self._by_row = False
         self.sums: HeadSums | None = None
 
-    def prepare(self, layout: Layout | None, groups: RowGroups | None, wants: HeadWants) -> None:
+    def prepare(self, layout: Layout | None, row_map: RowMap, wants: HeadWants) -> None:
         """Say which sequences make a row, and what is to be summed over the vocabulary.
 
         Only of sequences along axis 0, [S, T, D] or [S, D]; elsewhere the errors are made again.
         """
-        self._groups = groups
+        self._row_map = row_map
         if layout is None or layout.kind != "dense" or layout.axis != 0 or self._hidden.dim() > 3:
             self._wants = HeadWants(statistics=wants.statistics)
             return
         tokens = self._hidden[0].numel() // self._hidden.shape[-1]
-        tokens *= 1 if groups is None else groups[0].shape[1]
+        tokens *= row_map.most
         # The Gram form costs t^2 v, the other 2 t v d: the errors again, and the products.
         gram = wants.gram and tokens <= 2 * self._hidden.shape[-1]
         self._by_row, self._wants = True, replace(wants, gram=gram)
@@ -52,8 +52,9 @@ class HeadCall:
             hidden, targets = hidden.reshape(-1, 1, hidden.shape[-1]), targets.reshape(-1, 1)
         elif hidden.dim() == 2:
             hidden, targets = hidden[:, None], targets[:, None]
-        if self._by_row and self._groups is not None:
-            hidden, targets = regroup(hidden, self._groups, 1), self._grouped_targets(targets)
+        if self._by_row:
+            hidden = self._row_map.end_to_end(hidden, 1)
+            targets = self._row_map.end_to_end(targets, 1, fill=IGNORE)
         loss, self.sums = head_pass(hidden, self.weight, self.bias, targets, self._wants)
         gathered, statistics = active_gathering(), self.sums.statistics
         if gathered is not None and statistics is not None:
@@ -62,9 +63,7 @@ class HeadCall:
 
     def _as_given(self, x: Tensor) -> Tensor:
         """Return one number per token in the shape of the targets."""
-        if self._by_row and self._groups is not None:
-            x = ungroup(x, self._groups, len(self.targets))
-        return x.reshape(self.targets.shape)
+        return (self._row_map.apart(x) if self._by_row else x).reshape(self.targets.shape)
 
     def part(self, g: Tensor, layout: Layout) -> HeadPart:
         """Return the gradient's part, by rows, from the gradient at the tokens' losses."""
@@ -78,21 +77,13 @@ class HeadCall:
             sums = sums._replace(lse=lse, error_target=error_target, error_sq=error_sq)
         hidden = layout.rows_first(self.saved.get())
         hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])
-        targets = layout.rows_first(self.targets)
-        targets = targets.reshape(len(targets), -1)
-        if self._groups is not None:
-            hidden, targets = regroup(hidden, self._groups, 1), self._grouped_targets(targets)
-        seeds = self._by_rows(g, layout)
+        targets, seeds = self._by_rows(self.targets, layout, IGNORE), self._by_rows(g, layout)
+        hidden = self._row_map.end_to_end(hidden, 1)
         return HeadPart(hidden, self.weight, self.bias, targets, sums, seeds)
 
-    def _by_rows(self, x: Tensor, layout: Layout) -> Tensor:
+    def _by_rows(self, x: Tensor, layout: Layout, fill: int = 0) -> Tensor:
         x = layout.rows_first(x)
-        x = x.reshape(len(x), -1)
-        return x if self._groups is None else regroup(x, self._groups, 1)
-
-    def _grouped_targets(self, targets: Tensor) -> Tensor:
-        assert self._groups is not None, "asked where there are"
-        return regroup(targets, self._groups, 1, fill=IGNORE)
+        return self._row_map.end_to_end(x.reshape(len(x), -1), 1, fill)
 
 
 def head_wants(
@@ -100,7 +91,7 @@ def head_wants(
     readouts: Sequence[Readout],
     alignment: bool,
     looked_up: Int[Tensor, "s u"] | None,
-    groups: RowGroups | None,
+    row_map: RowMap,
 ) -> HeadWants:
     """Return the sums over the vocabulary from which these readouts of a head's weight are made.
 
@@ -108,8 +99,7 @@ def head_wants(
     """
     wants = HeadWants(aligned=alignment, gram=alignment or sq_norm in readouts)
     if sq_norm in readouts and looked_up is not None:
-        ids = looked_up if groups is None else regroup(looked_up, groups, 1)
-        wants = replace(wants, columns=ids)
+        wants = replace(wants, columns=row_map.end_to_end(looked_up, 1))
     for read in readouts:
         if isinstance(read, TwoSidedSketch):
             wants = replace(wants, sketch=(read.keys(name)[0], read.k[0]))

@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curate.kernels.conv import Geometry, split, unfold
 from curate.kernels.grad_norm import accumulable
 from curate.scorers.head_part import HeadPart
+from curate.scorers.row_map import RowMap
 
 
 @dataclass(frozen=True)
@@ -159,85 +160,38 @@ class Gradient:
         return total
 
 
-def join(
-    name: str, shape: torch.Size, parts: Sequence[Part], rows: int, row_ids: Tensor | None
-) -> Gradient:
+def join(name: str, shape: torch.Size, parts: Sequence[Part], row_map: RowMap) -> Gradient:
     """Return the sum of the uses' parts, with the sequences of each row brought together."""
-    groups = None if row_ids is None else group_rows(row_ids, rows)
     pairs = [p for p in parts if isinstance(p, (Pair, Convolved, HeadPart))]
     indexed = [p for p in parts if isinstance(p, Indexed)]
     fulls = [p for p in parts if isinstance(p, Full)]
     gradient = Gradient(name, shape)
-    if len(pairs) == 1 and (groups is None or isinstance(pairs[0], HeadPart)):
+    if len(pairs) == 1 and (row_map.ids is None or isinstance(pairs[0], HeadPart)):
         gradient = replace(gradient, pair=pairs[0])
     elif pairs:
-        sides = [(p.left, p.right) for p in pairs]
-        if groups is not None:
-            sides = [
-                (left, right)
-                if isinstance(p, HeadPart)
-                else (regroup(left, groups, 2), regroup(right, groups, 2))
-                for p, (left, right) in zip(pairs, sides, strict=True)
-            ]
+        sides = [
+            (p.left, p.right)
+            if isinstance(p, HeadPart)
+            else (row_map.end_to_end(p.left, 2), row_map.end_to_end(p.right, 2))
+            for p in pairs
+        ]
         left, right = (_concat([side[i] for side in sides], 2) for i in (0, 1))
         gradient = replace(gradient, pair=Pair(left, right))
     if indexed:
-        index, right = (
-            _concat([p.index for p in indexed], 1),
-            _concat([p.right for p in indexed], 1),
-        )
-        if groups is not None:
-            index, right = regroup(index, groups, 1), regroup(right, groups, 1)
+        index = row_map.end_to_end(_concat([p.index for p in indexed], 1), 1)
+        right = row_map.end_to_end(_concat([p.right for p in indexed], 1), 1)
         gradient = replace(gradient, indexed=Indexed(index, right))
     if fulls:
-        grads = [p.grad if p.by_row else by_row(p.grad, rows, row_ids) for p in fulls]
+        grads = [p.grad if p.by_row else row_map.add(p.grad) for p in fulls]
         total = grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
         gradient = replace(gradient, full=Full(total, by_row=True))
     return gradient
-
-
-def by_row(x: Float[Tensor, "s ..."], rows: int, row_ids: Tensor | None) -> Float[Tensor, "b ..."]:
-    """Return the sum over each row's sequences."""
-    return x if row_ids is None else x.new_zeros(rows, *x.shape[1:]).index_add_(0, row_ids, x)
 
 
 def _concat(tensors: list[Tensor], axis: int) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat([t.to(torch.promote_types(tensors[0].dtype, t.dtype)) for t in tensors], axis)
-
-
-RowGroups = tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]
-
-
-def group_rows(row_ids: Int[Tensor, " s"], rows: int) -> RowGroups:
-    """Return the sequences of each row [B, M] (0 where there is none) and which are real [B, M]."""
-    counts = torch.bincount(row_ids, minlength=rows)
-    order = row_ids.argsort(stable=True)
-    place = torch.arange(len(order), device=order.device)
-    place = place - (counts.cumsum(0) - counts)[row_ids[order]]
-    index = torch.zeros(rows, int(counts.max()), dtype=torch.long, device=order.device)
-    index[row_ids[order], place] = order
-    return index, torch.arange(index.shape[1], device=order.device) < counts[:, None]
-
-
-def regroup(x: Tensor, groups: RowGroups, axis: int, fill: int = 0) -> Tensor:
-    """Return x with a row's sequences laid end to end along its token axis, `fill` between them.
-
-    Both factors are filled: 0 times another row's infinity would not be 0.
-    """
-    index, real = groups
-    y = x[index]  # [B, M, ...]
-    y = y.masked_fill(~real.view(*real.shape, *(1,) * (y.dim() - 2)), fill)
-    return y.movedim(1, axis).flatten(axis, axis + 1)
-
-
-def ungroup(x: Float[Tensor, "b mt"], groups: RowGroups, sequences: int) -> Float[Tensor, "s t"]:
-    """Return the sequences that `regroup` laid end to end along axis 1."""
-    index, real = groups
-    place = torch.empty(sequences, dtype=torch.long, device=x.device)
-    place[index[real]] = real.flatten().nonzero().flatten()
-    return x.reshape(index.numel(), -1)[place]
 
 
 def alone(name: str, shape: torch.Size, part: Part) -> Gradient:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from curate.kernels.cross_entropy import Gathered, gathering
 from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.scorers.fallback import Catcher, Replay, whole_model_rows
-from curate.scorers.head import HeadWatch, per_row, row_statistics
+from curate.scorers.head import HeadWatch, row_statistics
 from curate.scorers.head_uses import HeadCall, head_wants
 from curate.scorers.parts import (
     Full,
@@ -22,8 +22,6 @@ from curate.scorers.parts import (
     Part,
     Sketched,
     alone,
-    by_row,
-    group_rows,
     is_by_row,
 )
 from curate.scorers.plan import Plan
@@ -31,6 +29,7 @@ from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.protocol import Outputs
 from curate.scorers.readouts import Readout, TwoSidedSketch, is_linear, read_together
 from curate.scorers.recompute import Recompute
+from curate.scorers.row_map import RowMap
 from curate.scorers.rows import count_rows, sequences_of
 from curate.scorers.taps import Lookups, Replan, Taps, Tracer, UseKey, anchored
 from curate.scorers.uses import Use
@@ -127,7 +126,8 @@ class _Pass:
         self.model, self.plan = passes.model, passes.plan
         self.params = named_parameters(self.model)
         self.rows = count_rows(batch)
-        self.sequences, self.row_ids = sequences_of(batch)
+        self.sequences, row_ids = sequences_of(batch)
+        self.row_map = RowMap(self.rows, row_ids)
         self.results: dict[str, dict[str, list[Tensor]]] = {key: {} for key in needs.readouts}
         self.sums: dict[str, dict[str, Tensor]] = {key: {} for key in needs.readouts}
         device = next((p.device for p in self.params.values()), torch.device("cpu"))
@@ -182,9 +182,8 @@ class _Pass:
             known_hidden=self.plan.hidden,
             copies=frozenset(self.plan.copies),
             shapes={name: p.shape for name, p in self.params.items()},
-            rows=self.rows,
             sequences=self.sequences,
-            row_ids=self.row_ids,
+            row_map=self.row_map,
             anchor=self.anchor,
             consume=self._consume,
             read_part=self._read_part,
@@ -213,7 +212,7 @@ class _Pass:
         names = head.key[1]
         weight = self.params[names[0]].detach()
         bias = self.params[names[1]].detach() if len(names) > 1 else None
-        return HeadWatch(weight, bias, self.rows, self.row_ids, self.needs.alignment)
+        return HeadWatch(weight, bias, self.row_map, self.needs.alignment)
 
     def _backward(self, outputs: Outputs, taps: Taps, unused: set[str], harvest: Harvest) -> None:
         names = sorted(unused)
@@ -245,14 +244,17 @@ class _Pass:
                 "the loss does not depend on the tensor given as Outputs.logits; "
                 "compute the loss from that very tensor"
             )
-        return per_row(accumulable(grad).square(), self.rows, self.row_ids).sqrt()
+        return self.row_map.total(accumulable(grad).square()).sqrt()
 
     def _harvest(self, outputs: Outputs, gathered: Gathered) -> Harvest:
         harvest = Harvest(
-            accumulable(outputs.loss.detach()), {}, targets=outputs.targets, row_ids=self.row_ids
+            accumulable(outputs.loss.detach()),
+            {},
+            targets=outputs.targets,
+            row_ids=self.row_map.ids,
         )
         if self.needs.statistics:
-            harvest.statistics = row_statistics(outputs, gathered, self.rows, self.row_ids)
+            harvest.statistics = row_statistics(outputs, gathered, self.row_map)
         return harvest
 
     def _consume(self, gradient: Gradient) -> None:
@@ -281,7 +283,7 @@ class _Pass:
             else:
                 value = read(alone(name, self.params[name].shape, part))
             if not is_by_row(part):
-                value = by_row(value, self.rows, self.row_ids)
+                value = self.row_map.add(value)
             so_far = self.sums[key].get(name)
             self.sums[key][name] = value if so_far is None else so_far + value
 
@@ -289,16 +291,19 @@ class _Pass:
         """Ask a head with its loss for what will be read off its gradient."""
         layout, call = self.plan.layouts.get(key), use.call
         assert isinstance(call, HeadCall), "the only use that is called its own way"
-        groups = None if self.row_ids is None else group_rows(self.row_ids, self.rows)
         name, found = use.params["weight"].name, list[Readout]()
         if self.plan.path(name).kind == "analytic":
             found = [read for names, read in self.needs.readouts.values() if name in names]
         is_head = self.plan.head is not None and self.plan.head.key == key
         ids = lookups.get(name, [])
         wants = head_wants(
-            name, found, self.needs.alignment and is_head, ids[0] if len(ids) == 1 else None, groups
+            name,
+            found,
+            self.needs.alignment and is_head,
+            ids[0] if len(ids) == 1 else None,
+            self.row_map,
         )
-        call.prepare(layout, groups, replace(wants, statistics=self.needs.statistics))
+        call.prepare(layout, self.row_map, replace(wants, statistics=self.needs.statistics))
 
     # -- the slower paths
 
@@ -313,7 +318,7 @@ class _Pass:
                 continue
             replay = Replay(
                 self.model, path.module, catcher, self.plan.leaf_axes[path.module],
-                params, self.rows, self.row_ids, self._consume,
+                params, self.rows, self.row_map.ids, self._consume,
             )  # fmt: skip
             replay.by_vmap() if path.kind == "vmap" else replay.by_rows()
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from curate.scorers.parts import Gradient, Layout, Part, join
 from curate.scorers.readers import read_alias, read_use
 from curate.scorers.readouts import TwoSidedSketch
+from curate.scorers.row_map import RowMap
 from curate.scorers.uses import Overwritten, Param, Use
 
 UseKey = tuple[str, tuple[str, ...], int]
@@ -221,9 +222,8 @@ class Taps:
     """Parameters that the probe met where no gradient is recorded, and found right all the same."""
     copies: frozenset[UseKey]
     shapes: Mapping[str, torch.Size]
-    rows: int
     sequences: int
-    row_ids: Tensor | None
+    row_map: RowMap
     anchor: Tensor
     consume: Callable[[Gradient], None]
     read_part: Callable[[str, Part], None]
@@ -357,7 +357,7 @@ class Taps:
 
     def _finish(self, name: str) -> None:
         parts = self._parts.pop(name)
-        self.consume(join(name, self.shapes[name], parts, self.rows, self.row_ids))
+        self.consume(join(name, self.shapes[name], parts, self.row_map))
 
 
 def _itself(use: Use) -> Use:
