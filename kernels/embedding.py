@@ -46,7 +46,7 @@ def embedding_sq_norm(
     # A look-up the other way round: three times as fast as index_add_, which goes row by row.
     rows = accumulable(right).flatten(0, 1)
     sums = F.embedding_bag(order, rows, counts.cumsum(0) - counts, mode="sum")
-    squares = torch.linalg.vector_norm(sums, dim=1).square_()
+    squares: Tensor = torch.linalg.vector_norm(sums, dim=1).square_()
     return squares.new_zeros(s).index_add_(0, keys // stride, squares)
 
 
