@@ -66,7 +66,7 @@ def project_rows(
 ) -> Float[Tensor, "s k"]:
     """Return the projection where left_t is the unit vector of row index_t."""
     if uses_triton(right):
-        return _launch_rows(index, right, key, k)
+        return _launch_rows(index.long(), right, key, k)
     s, _, i = right.shape
     out = right.new_zeros(s, k, dtype=accumulator(right))
     ids, slot = torch.unique(index, return_inverse=True)

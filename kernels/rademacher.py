@@ -116,7 +116,13 @@ def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "
     return (2 * bits - 1).to(dtype)
 
 
-_kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+class _Kept(OrderedDict[tuple[object, ...], Tensor]):
+    """Sign matrices, the least recently used first."""
+
+    nbytes = 0
+
+
+_kept = _Kept()
 _kept_lock = Lock()
 
 
@@ -131,11 +137,14 @@ def side_signs(
             _kept.move_to_end(name)
             return found
     made = signs(key, torch.arange(n, device=device), k, dtype=dtype).contiguous()
-    if made.nbytes <= KEPT_BYTES // 4:  # one large matrix would drive out all others
-        with _kept_lock:
+    if made.nbytes > KEPT_BYTES // 4:  # one large matrix would drive out all others
+        return made
+    with _kept_lock:
+        if name not in _kept:
             _kept[name] = made
-            while sum(kept.nbytes for kept in _kept.values()) > KEPT_BYTES:
-                _kept.popitem(last=False)
+            _kept.nbytes += made.nbytes
+        while _kept.nbytes > KEPT_BYTES:
+            _kept.nbytes -= _kept.popitem(last=False)[1].nbytes
     return made
 
 

@@ -75,7 +75,7 @@ def sketch_rows(
         tall = signs(keys[0], index.flatten(), k[0], dtype=accumulator(right))
         wide = _sides(right, keys[1], k[1])[:, 0]
         return sketch_from_sides(tall.view(*index.shape, k[0]), wide)
-    return _fused(index[:, None, :, None], right, keys, k, "rows")
+    return _fused(index.long()[:, None, :, None], right, keys, k, "rows")
 
 
 def sketch_matrix(

@@ -95,7 +95,7 @@ def sparse_project_rows(
     """Return the projection where left_t is the unit vector of row index_t (embeddings)."""
     _check(k, nonzeros)
     if uses_triton(right):
-        return _launch("rows", index[:, None, :, None], right[:, None], key, k, nonzeros)
+        return _launch("rows", index.long()[:, None, :, None], right[:, None], key, k, nonzeros)
     s, t, i = right.shape
     out = right.new_zeros(s, k, dtype=accumulator(right))
     for tokens in _steps(t, max(1, TILE // max(1, s * i))):

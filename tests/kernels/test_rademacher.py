@@ -5,7 +5,16 @@ from hashlib import blake2b
 import pytest
 import torch
 
-from curate.kernels.rademacher import signs, stream_key
+from curate.kernels.launch import HAS_TRITON, IS_INTERPRETED, jit, tl
+from curate.kernels.rademacher import (
+    Key,
+    sign_words,
+    signs,
+    spread_signs,
+    stream_key,
+    thirds,
+    unpacked,
+)
 
 GOLDEN = [2401661219, 3864614826]
 
@@ -65,3 +74,44 @@ def test_streams_differ_and_signs_balance() -> None:
     gram = streams[0].T @ streams[0] / 4096 - torch.eye(64)
     assert gram.abs().max() < 6 / 4096**0.5
     assert (streams[0][1:] * streams[0][:-1]).mean(0).abs().max() < 6 / 4096**0.5
+
+
+@jit
+def _store_signs(p_out, key0, key1, N: tl.constexpr, K: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    o_n, o_w = tl.arange(0, N), tl.arange(0, K // 32)
+    rows = (o_n * 977).to(tl.int64)[:, None]
+    word = sign_words(rows, o_n[:, None] * 65537, o_w[None, :], unpacked(key0), unpacked(key1))
+    o_out = o_n[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(p_out + o_out, spread_signs(word, N, K, p_out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton on this platform")
+def test_signs_in_registers_are_those_of_torch(dtype) -> None:
+    """Bit for bit, in rows and columns beyond 16 bits; keys reach a kernel whole."""
+    device = torch.device("cpu" if IS_INTERPRETED else "cuda")
+    key = Key(0xFFFFFFFF, 0x80000001)
+    out = torch.empty(64, 128, dtype=dtype, device=device)
+    _store_signs[(1,)](out, *key.arguments, N=64, K=128)
+    at = torch.arange(64)
+    want = signs(key, at * 65537, 128, rows=at * 977, dtype=dtype)
+    assert torch.equal(out.cpu(), want)
+
+
+@jit
+def _store_thirds(p_x, p_out, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    o_n = tl.arange(0, N)
+    high, middle, low = thirds(tl.load(p_x + o_n))
+    tl.store(p_out + o_n, high.to(tl.float32))
+    tl.store(p_out + N + o_n, middle.to(tl.float32))
+    tl.store(p_out + 2 * N + o_n, low.to(tl.float32))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton on this platform")
+def test_a_float32_is_the_sum_of_its_thirds() -> None:
+    """Exactly, wherever the low third is a normal number, as it is of numbers beyond 2^-100."""
+    device = torch.device("cpu" if IS_INTERPRETED else "cuda")
+    x = torch.randn(256) * 2.0 ** torch.randint(-90, 100, (256,))
+    out = torch.empty(3, 256, device=device)
+    _store_thirds[(1,)](x.to(device), out, N=256)
+    assert torch.equal(out.double().cpu().sum(0), x.double())
