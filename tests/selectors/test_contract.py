@@ -1,11 +1,14 @@
 """What every selector in the registry promises."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+import curate
 from curate.selectors.protocol import SELECTION_SCHEMA, Budget, Selector
 from curate.selectors.registry import SELECTORS, make_selector, selector_fields, selector_names
 
@@ -34,6 +37,15 @@ def table(make_table):
 
 def test_names_are_listed():
     assert selector_names()[: len(SELECTORS)] == sorted(SELECTORS)
+
+
+def test_the_docs_list_every_method_with_its_settings():
+    text = (Path(curate.__file__).parent / "docs" / "selectors.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]*) \| [^|]+ \| [^|]+ \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} >= set(SELECTORS)
+    for name, settings in rows:
+        named = re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", settings))
+        assert set(named) <= set(selector_fields(name)), name
 
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))

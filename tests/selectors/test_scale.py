@@ -9,6 +9,8 @@ import pyarrow as pa
 import pytest
 
 from curate.selectors import ranks
+from curate.selectors.composite import Composite
+from curate.selectors.expression import Expression
 from curate.selectors.protocol import Budget
 from curate.selectors.registry import make_selector
 
@@ -70,6 +72,12 @@ def run(table, selector, budget):
         ("threshold", {"by": "score", "at_least": 0.5}, 3),
         ("stratified", {"by": "score", "strata": 10}, 4),
         ("stratified", {"by": "score", "edges": "quantile", "strata": 10}, 5),
+        ("ccs", {"by": "score", "drop_top": 0.1, "strata": 10}, 6),
+        ("moderate", {"by": "score"}, 3),
+        ("top", {"by": "score", "by_group": "label", "min_shares": 0.05}, 5),
+        ("importance", {"by": "score"}, 4),
+        ("importance", {"by": "score", "replacement": True}, 4),
+        ("softmax", {"by": "score"}, 4),
     ],
 )
 def test_five_million_rows_in_a_few_scans_and_little_memory(name, params, most_scans):
@@ -79,8 +87,19 @@ def test_five_million_rows_in_a_few_scans_and_little_memory(name, params, most_s
     assert len(table.scans) <= most_scans
     # Hashed keys fill all 65 536 bins of every group; 24 bytes each, a few times while merging.
     # One float per row would be 20 MB, the three columns 80 MB.
-    limit = 90e6 if name == "stratified" else 45e6
+    limit = 90e6 if name in ("stratified", "ccs") else 45e6
     assert peak < limit, f"{peak / 1e6:.0f} MB"
+
+
+@pytest.mark.slow
+def test_a_composite_of_five_million_rows_stays_in_bounds():
+    text = "rank(score) + 0.1*z(label)"
+    source = SyntheticTable(5_000_000)
+    table = Composite(source, Expression(text))
+    peak = run(table, make_selector("top", by=text, ranked=False), Budget("fraction", 0.3))
+    assert len(source.scans) <= 4
+    # Blocks of 2 million keys with their places, about 60 bytes each, whatever the rows.
+    assert peak < 200e6, f"{peak / 1e6:.0f} MB"
 
 
 @pytest.mark.slow
