@@ -169,16 +169,14 @@ def _elementwise(
     if in_place and on_left:
         return None
     # An in-place product overwrites the very factor that its gradient needs.
-    a = Saved(other.clone() if in_place and reads_other else other)
+    saved = [Saved(other.clone() if in_place else other)] if reads_other else []
 
     def parts(g: Tensor, layout: Layout, roles: frozenset[str]) -> dict[str, Part]:
-        if reads_other:
-            g = through(accumulable(g), accumulable(a.get()), on_left)
-        else:
-            g = through(accumulable(g), g, on_left)
+        factor = accumulable(saved[0].get()) if saved else g
+        g = through(accumulable(g), factor, on_left)
         return {"weight": Full(_unbroadcast(g, p.shape, layout))}
 
-    return Use(kind, {"weight": p}, parts, _outside(p.shape), [a] if reads_other else [])
+    return Use(kind, {"weight": p}, parts, _outside(p.shape), saved)
 
 
 def mul(param: Lookup, input: Any, other: Any) -> Use | None:

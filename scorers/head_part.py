@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from curate.kernels.dot import grad_dot
-from curate.kernels.grad_norm import SCRATCH, accumulable, inner
+from curate.kernels.embedding import embedding_cross_at
+from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.kernels.linear_head import HeadSums, head_error, head_gram_sq_norm, head_sq_norm
 from curate.kernels.rademacher import Key
 from curate.kernels.sketch import sketch_from_sides, sketch_side
@@ -97,8 +98,7 @@ class HeadPart:
         table, for the look-ups whose columns of the error were kept."""
         assert self.sums.columns is not None, "kept where the matrix is tied"
         seeded = accumulable(self.hidden) * self.seeds[..., None]
-        products = torch.bmm(seeded, accumulable(right).mT)
-        return inner(self.sums.columns, products)
+        return embedding_cross_at(self.sums.columns, right, seeded)
 
     def sketch(self, keys: tuple[Key, Key], k: tuple[int, int]) -> Float[Tensor, "b kk"]:
         """Return the two-sided sketch of G; its rows' signs are those the errors were summed by."""
