@@ -3,6 +3,8 @@
     python benchmarks/select_scale.py                    10 million rows, top 50 %, no ranks
     python benchmarks/select_scale.py --rows 100000000   100 million
     python benchmarks/select_scale.py --ranked           with ranks, on disk above 16 million
+    python benchmarks/select_scale.py --method importance
+    python benchmarks/select_scale.py --by "rank(score) + 0.1*z(score)"
 
 Scores are synthetic: uniform float32 made from the row number. Memory is the peak resident size
 of the process, beside what it was before selecting.
@@ -20,9 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from curate.selectors.budget import parse_budget
+from curate.selectors.composite import Composite
+from curate.selectors.expression import Expression
 from curate.selectors.registry import make_selector
 
 BATCH = 65_536
+METHODS = ["top", "bottom", "random", "moderate", "stratified", "ccs", "importance", "softmax"]
 
 
 @dataclass
@@ -52,11 +57,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--rows", type=int, default=10_000_000)
     options.add_argument("--budget", default="0.5")
-    options.add_argument("--method", default="top", choices=["top", "bottom", "random"])
+    options.add_argument("--method", default="top", choices=METHODS)
+    options.add_argument("--by", default="score", help="the column `score`, or an expression")
     options.add_argument("--ranked", action="store_true")
     asked = options.parse_args()
-    table = SyntheticTable(asked.rows)
-    params = {} if asked.method == "random" else {"by": "score"}
+    source = table = SyntheticTable(asked.rows)
+    if asked.by != "score":
+        table = Composite(source, Expression(asked.by))
+    params = {} if asked.method == "random" else {"by": asked.by}
     selector = make_selector(asked.method, ranked=asked.ranked, **params)
     before, start = peak_mb(), time.perf_counter()
     selection = selector.select(table, parse_budget(asked.budget), np.random.default_rng(0))
@@ -67,7 +75,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 2),
         "peak_mb": round(peak_mb(), 1),
         "peak_mb_before": round(before, 1),
-        "scans": len(table.scans),
+        "scans": len(source.scans),
     }
     print(json.dumps(result))
 

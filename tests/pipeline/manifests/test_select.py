@@ -486,3 +486,26 @@ def test_mistakes_in_scores_and_weights_leave_nothing(several, tmp_path, asked, 
         select(several[0], out=tmp_path / "m", **{"budget": 0.5, **asked})
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "m").glob("*.*"))
+
+
+def test_the_command_prints_weights_and_random_beside_the_choice(several, tmp_path):
+    from typer.testing import CliRunner
+
+    from curate import cli
+
+    table, _ = several
+    common = ["select", str(table), "--budget", "30", "--by", "aum", "--by-group", "lang"]
+    weighted = [*common, "--method", "importance", "--weight-kind", "sampling"]
+    weighted += ["--clip-weights", "2", "-o", str(tmp_path / "m")]
+    result = CliRunner().invoke(cli.app, [*weighted, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["weight_kind"] == "sampling"
+    assert found["selection"]["params"]["clip_weights"] == 2
+    assert {"random_mean", "random_sd", "kept_weighted_mean"} <= found["summary"]["score"].keys()
+    assert found["summary"]["groups"]["en"]["random"] > 0
+    text = CliRunner().invoke(cli.app, [*weighted, "--overwrite"]).stdout
+    assert "rows of equal weight" in text and "random" in text
+    low = [*common, "--direction", "low", "-o", str(tmp_path / "low"), "--json"]
+    result = CliRunner().invoke(cli.app, low)
+    assert json.loads(result.stdout)["selection"]["direction"] == "low"
