@@ -6,12 +6,12 @@ Trainer drops columns that the model does not know, and its `compute_loss_func` 
 inputs, so weights need a `compute_loss` of their own. Shapes: B rows, T tokens, C classes.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 IGNORE = -100
 WEIGHT = "weight"
@@ -45,6 +45,10 @@ class WeightedLoss(_Base):
     loss_is_scaled_for_ga = True
     """The sum over a step's batches is divided by the step's whole weight at once."""
 
+    shifts_labels: bool | None = None
+    """Whether the label of token t is what token t - 1 predicts; None: as the model's class says.
+    """
+
     def __init__(
         self, *args: Any, train_sampler: "Sampler[int] | None" = None, **kwargs: Any
     ) -> None:
@@ -55,6 +59,9 @@ class WeightedLoss(_Base):
                 "weights do not combine with label_smoothing_factor or compute_loss_func; "
                 "leave them out"
             )
+        # Older versions know no `loss_is_scaled_for_ga` and take this for it. The model itself is
+        # never asked for the loss.
+        self.model_accepts_loss_kwargs = True
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -66,16 +73,16 @@ class WeightedLoss(_Base):
             return self.train_sampler
         return super()._get_train_sampler(*args, **kwargs)
 
-    def _get_num_items_in_batch(
-        self, batch_samples: "Sequence[dict[str, Any]]", device: torch.device
-    ) -> Tensor | None:
-        """Return the whole weight of a step: rows, or weighted target tokens."""
-        if not batch_samples or "labels" not in batch_samples[0]:
-            return None
-        total = torch.stack([self._mass(batch) for batch in batch_samples]).sum().to(device)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
+        """Return a step's batches and its whole weight: rows, or weighted target tokens."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches or "labels" not in batches[0]:
+            return batches, None
+        total = torch.stack([self._mass(batch) for batch in batches]).sum()
+        total = total.to(self.args.device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
-        return total
+        return batches, total
 
     def compute_loss(
         self,
@@ -113,8 +120,15 @@ class WeightedLoss(_Base):
 
     @property
     def _shifts(self) -> bool:
-        """True for causal models: the label of place t is what place t - 1 predicts."""
-        return bool(self._loss_shifts_labels)
+        if self.shifts_labels is not None:
+            return self.shifts_labels
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "get_base_model"):  # adapters
+            model = model.get_base_model()
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return False
+        name = type(model).__name__
+        return name.endswith(("ForCausalLM", "LMHeadModel")) or name in CAUSAL.values()
 
     def _mass(self, batch: dict[str, Any]) -> Tensor:
         labels = batch["labels"]

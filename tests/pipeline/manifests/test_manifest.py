@@ -197,7 +197,7 @@ def test_damage_is_named(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, expected curate.manifest version 1"),
+        ({"version": 3}, "version 3, expected curate.manifest version 1 or 2"),
         ({"format": "curate.scores"}, "holds curate.scores version 1"),
         ({"weight_kind": "odd"}, "weights of kind 'odd'"),
         ({"files": None}, "lacks files"),
