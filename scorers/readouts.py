@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curate.kernels.conv import conv_sketch, conv_sq_norm, conv_sums
+from curate.kernels.conv import conv_dot, conv_sketch, conv_sq_norm, conv_sums
 from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
 from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm, inner
@@ -175,6 +175,8 @@ class Dots:
         v = v.reshape(len(v), *gradient.matrix_shape)
         if isinstance(pair := gradient.pair, HeadPart) and pair.sums.dots is not None:
             total.append(pair.dots())
+        elif isinstance(pair, Convolved):
+            total.append(conv_dot(pair.grad, pair.input, pair.geometry, v))
         elif pair is not None:
             total.append(_of_pair(pair, lambda a, b: grad_dot(a, b, v)))
         if gradient.indexed is not None:

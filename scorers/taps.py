@@ -340,6 +340,8 @@ class Taps:
             parts = use.parts(g, layout, roles)
         except Overwritten:
             raise Replan("input overwritten in place", copy=key) from None
+        for saved in use.saved:
+            saved.drop()
         for role, part in parts.items():
             name = use.params[role].name
             self._pending[name] -= 1

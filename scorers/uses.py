@@ -35,6 +35,10 @@ class Saved:
         self._tensor = self._tensor.clone()
         self._version = self._tensor._version
 
+    def drop(self) -> None:
+        """Let the memory go. The use itself lives as long as the graph that its hook is in."""
+        del self._tensor
+
     def get(self) -> Tensor:
         if self._tensor._version != self._version:
             raise Overwritten
