@@ -83,7 +83,7 @@ def test_weighted_means_are_unbiased(make_table, mix):
 @pytest.mark.parametrize("replacement", [False, True])
 def test_weighted_means_are_unbiased_over_seeds(make_table, replacement):
     params = {"mix": 0.3, "replacement": replacement}
-    weights = draws(make_table, "importance", Budget("rows", 3), 400, **params)
+    weights = draws(make_table, "importance", Budget("rows", 3), 200, **params)
     assert within(weights, np.full(8, 3 / 8))
     assert within(weights @ X / 3, X.mean())
 
@@ -95,22 +95,22 @@ def test_weights_of_drawing_in_proportion_have_the_least_variance(make_table):
     for seed in range(20):
         weights = drawn(exact.select(table, Budget("rows", 5), rng(seed)), 8)
         assert weights @ SCORES / 5 == pytest.approx(SCORES.mean(), rel=1e-5)
-    uniform = draws(make_table, "importance", Budget("rows", 5), 400, mix=1.0, replacement=True)
-    # Of a single uniform draw the variance is the mean square less the squared mean; that of 400
-    # samples of it deviates by about sqrt(2/400) = 7 %.
-    assert np.var(uniform @ SCORES / 5) * 5 == pytest.approx(SCORES.astype(float).var(), rel=0.3)
+    uniform = draws(make_table, "importance", Budget("rows", 5), 200, mix=1.0, replacement=True)
+    # Of a single uniform draw the variance is the mean square less the squared mean; that of 200
+    # samples of it deviates by about sqrt(2/200) = 10 %.
+    assert np.var(uniform @ SCORES / 5) * 5 == pytest.approx(SCORES.astype(float).var(), rel=0.45)
 
 
 def test_draws_with_replacement_are_multinomial(make_table):
     counts = draws(
-        make_table, "importance", Budget("rows", 6), 400, replacement=True, unbiased=False
+        make_table, "importance", Budget("rows", 6), 200, replacement=True, unbiased=False
     )
     assert (counts.sum(1) == 6).all()
     p = SCORES.astype(float) / SCORES.sum()
     assert within(counts, 6 * p)
     centred = counts - 6 * p
     products = centred[:, :, None] * centred[:, None, :]
-    assert within(products.reshape(400, -1), (6 * (np.diag(p) - np.outer(p, p))).ravel())
+    assert within(products.reshape(200, -1), (6 * (np.diag(p) - np.outer(p, p))).ravel())
 
 
 def test_a_row_that_takes_nearly_all_draws_is_counted_exactly(make_table, kept):
@@ -180,7 +180,7 @@ def test_token_budgets_are_unbiased_too(make_table):
     table = make_table(SCORES, tokens=pa.array(tokens, pa.int32()))
     selector = make_selector("importance", by="score", mix=0.2)
     found = []
-    for seed in range(250):
+    for seed in range(200):
         weights = drawn(selector.select(table, Budget("tokens", 14), rng(seed)), 8)
         assert tokens[weights > 0].sum() <= 14
         found.append(weights * tokens.sum() / 14)  # w = budget / supply / P
