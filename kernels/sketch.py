@@ -178,8 +178,8 @@ def _fused(
     if s * g * t * i * o == 0:
         return right.new_zeros(s, k[0] * k[1], dtype=torch.float32)
     left, right = rows_contiguous(left), rows_contiguous(right)
-    tiles = -(-t // BLOCK_T)
     config = FUSED[max(a for a in FUSED if a <= architecture(left.device))][_padded(max(k))]
+    tiles = -(-t // config.blocks["BLOCK_T"])
     out = torch.empty(s, g * tiles, k[0] * k[1], dtype=torch.float32, device=left.device)
     with torch.cuda.device_of(left):  # type: ignore[no-untyped-call]
         k_sketch[(s * g * tiles,)](
@@ -310,16 +310,19 @@ def k_add(p_in, p_out, p, k, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-
     tl.store(p_out + i_s * k + o_k, acc, mask=o_k < k)
 
 
-BLOCK_T = 64
 ADD = Config({"BLOCK_K": 128}, num_warps=4, num_stages=4)
-# Estimated, not yet tuned on a device (2026-11-22). By the outputs that a program holds.
+# Estimated, not yet tuned on a device (2026-11-22). By the outputs that a program holds; what fits
+# the registers of sm_90 at 64 outputs does not fit those of sm_80.
 FUSED: dict[int, dict[int, Config]] = {
     80: {
-        32: Config({"K": 32, "BLOCK_T": BLOCK_T, "BLOCK_C": 64}, num_warps=4, num_stages=3),
-        64: Config({"K": 64, "BLOCK_T": BLOCK_T, "BLOCK_C": 32}, num_warps=8, num_stages=3),
+        32: Config({"K": 32, "BLOCK_T": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3),
+        64: Config({"K": 64, "BLOCK_T": 32, "BLOCK_C": 32}, num_warps=4, num_stages=3),
+    },
+    90: {
+        32: Config({"K": 32, "BLOCK_T": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3),
+        64: Config({"K": 64, "BLOCK_T": 64, "BLOCK_C": 32}, num_warps=8, num_stages=3),
     },
 }
-FUSED[90] = FUSED[80]
 # Few tokens (a classifier's row, a vector) or many; the outputs of a program.
 SIDE: dict[int, dict[tuple[bool, int], Config]] = {
     80: {
@@ -327,7 +330,7 @@ SIDE: dict[int, dict[tuple[bool, int], Config]] = {
             {
                 "K": k,
                 "BLOCK_N": 16 if few else 64 if k < 256 else 32,
-                "BLOCK_C": {32: 64, 256: 16}.get(k, 32),
+                "BLOCK_C": 64 if k == 32 and not few else 16 if k == 256 else 32,
             },
             num_warps=4 if k == 32 else 8,
             num_stages=3,
