@@ -171,12 +171,42 @@ def test_a_kernel_that_is_wrong_is_shown_without_a_time() -> None:
     assert "wrong:" in found.line(module("ceilings").Ceilings(1.0, 1.0, 4))
 
 
-def test_every_kernel_case_counts_something_and_runs_where_it_is_small() -> None:
-    for case in module("kernel_speed").cases():
-        assert case.flops >= 0 and case.elements > 0, case.op
-        if case.is_small:
-            torch.manual_seed(0)
-            assert case.run(*case.inputs(CPU, torch.float32)).isfinite().all(), case
+def test_a_kernel_whose_bits_change_is_wrong() -> None:
+    speed, case = module("kernel_speed"), module("kernel_cases.case")
+    calls = iter(range(99))
+
+    def drift(x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + next(calls) * 1e-6)
+
+    one = case.Case("drift", "9", lambda d, t: (torch.ones(9, dtype=t),), drift, drift, 9, 18)
+    assert "different bits" in speed.speed(one, CPU, torch.float32, 0.01).fault
+
+
+def test_every_kernel_case_counts_what_it_does_and_has_a_name_of_its_own() -> None:
+    cases = module("kernel_speed").cases()
+    assert all(case.flops >= 0 and case.elements > 0 for case in cases)
+    assert len({(case.op, case.shape) for case in cases}) == len(cases) > 0
+
+
+def test_a_process_that_only_compiles_says_whether_a_case_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, case = module("gpu"), module("kernel_cases.case")
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("no such tile")
+
+    good = case.Case("op", "s", lambda d, t: (), lambda: torch.ones(1), fail, 1, 1)
+    bad = case.Case("op", "s", lambda d, t: (), fail, fail, 1, 1)
+    monkeypatch.setattr(gpu.kernel_speed, "cases", lambda: [good, bad])
+    assert [gpu.run_once(place, "cpu") for place in (0, 1)] == [False, True]
+
+
+def test_kernels_after_the_deadline_are_left_out_and_said_to_be() -> None:
+    speed = module("kernel_speed")
+    lines = list(speed.report(speed.cases(), CPU, [torch.float32], quick=True, until=0.0))
+    small = sum(case.is_small for case in speed.cases())
+    assert lines[-1] == f"left out: {small} cases, the time is up"
 
 
 def test_tuning_walks_to_the_fastest_neighbour_and_leaves_the_table_as_it_was(
@@ -242,7 +272,16 @@ runpy.run_path(script, run_name="__main__")
 def test_the_gpu_command_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     """All its code on tiny shapes: no curate is installed, nor what it can do without."""
     output = tmp_path / "table.txt"
-    command = [sys.executable, "-c", BARE, str(FOLDER / "gpu.py"), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        BARE,
+        str(FOLDER / "gpu.py"),
+        "--device",
+        "cpu",
+        "--only",
+        "dot",
+    ]
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CURATE_KERNELS")}
     done = subprocess.run(
         [*command, "--output", str(output)], capture_output=True, text=True, cwd=tmp_path, env=env
@@ -252,4 +291,8 @@ def test_the_gpu_command_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     assert "wrong:" not in text and "left out: the time is up" not in text
     for part in ("kernels", "agreement", "repeats", "engine", "peers"):
         assert f"== {part} ==" in text
-    assert text.count("right:") >= 10 and text.count("rounds; norms within") == 4
+    assert (
+        text.count("right:") >= 10
+        and "grad_dot" in text
+        and text.count("rounds; norms within") == 4
+    )
