@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curate.kernels.grad_norm import accumulable
-from curate.kernels.sketch import sketch_from_sides, sketch_side
+from curate.kernels.sketch import sketch_left, sketch_side
 from curate.scorers.parts import Full, Indexed, Layout, Pair, Part, Sketched
 from curate.scorers.readouts import TwoSidedSketch
 from curate.scorers.uses import Lookup, Param, Saved, Use, by_role
@@ -62,9 +62,11 @@ def _matrix_product(
         if "weight" in roles and w is not None and projected:
             kept, sketch = projected[0]
             side = 1 if swap else 0
-            made = sketch_side(g, sketch.keys(w.name)[side], sketch.k[side])
-            tall, wide = (kept, made) if swap else (made, kept)
-            out["weight"] = Sketched(sketch_from_sides(tall, wide))
+            k = sketch.k[side], sketch.k[1 - side]
+            value = sketch_left(g[:, None], kept[:, None], sketch.keys(w.name)[side], k)
+            if swap:
+                value = value.unflatten(1, k).mT.flatten(1)
+            out["weight"] = Sketched(value)
         elif "weight" in roles and w is not None:
             left, right = g[:, None], inputs(layout)[:, None]
             out["weight"] = Pair(right, left) if swap else Pair(left, right)

@@ -15,7 +15,7 @@ from curate.kernels.dot import grad_dot, grad_dot_matrix, grad_dot_rows
 from curate.kernels.embedding import embedding_cross, embedding_sq_norm
 from curate.kernels.grad_norm import accumulable, accumulator, chunks, grad_sq_norm, inner
 from curate.kernels.projection import project, project_matrix, project_rows
-from curate.kernels.rademacher import Key, stream_key
+from curate.kernels.rademacher import Key, Side, stream_key
 from curate.kernels.sketch import sketch, sketch_matrix, sketch_rows, sketch_vector
 from curate.kernels.sparse_projection import (
     sparse_project,
@@ -134,7 +134,8 @@ class Projection:
     is_sparse: bool = False
 
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b k"]:
-        key, total = stream_key(self.seed, gradient.name, "whole"), list[Tensor]()
+        stream: Side = "sparse" if self.is_sparse else "whole"
+        key, total = stream_key(self.seed, gradient.name, stream), list[Tensor]()
         pair_to_k, rows_to_k, matrix_to_k = (
             (sparse_project, sparse_project_rows, sparse_project_matrix)
             if self.is_sparse

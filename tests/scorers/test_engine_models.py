@@ -74,14 +74,14 @@ def test_sketches_dots_and_projections_are_those_of_the_true_gradient(sampled) -
     )  # fmt: skip
     sketches, projection, scattered, dots = [], 0, 0, 0
     for name, g in sampled.truth.items():
-        keys = {side: stream_key(5, name, side) for side in ("rows", "columns", "whole")}
+        keys = {side: stream_key(5, name, side) for side in ("rows", "columns", "whole", "sparse")}
         matrix = g.reshape(len(g), g.shape[1] if g.dim() > 2 else 1, -1)
         if g.dim() > 2:
             sketches.append(sketch_matrix(matrix, (keys["rows"], keys["columns"]), (3, 4)))
         else:
             sketches.append(sketch_vector(matrix[:, 0], keys["whole"], 12))
         projection = projection + project_matrix(matrix, keys["whole"], 8)
-        scattered = scattered + sparse_project_matrix(matrix, keys["whole"], 8)
+        scattered = scattered + sparse_project_matrix(matrix, keys["sparse"], 8)
         dots = dots + torch.stack([(g * d[name]).reshape(len(g), -1).sum(1) for d in directions], 1)
     torch.testing.assert_close(got["sketch"], torch.cat(sketches, 1), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got["grad_dot"], dots, rtol=1e-9, atol=1e-12)
