@@ -65,7 +65,7 @@ def _matrix_product(
             k = sketch.k[side], sketch.k[1 - side]
             value = sketch_left(g[:, None], kept[:, None], sketch.keys(w.name)[side], k)
             if swap:
-                value = value.unflatten(1, k).mT.flatten(1)
+                value = value.view(len(value), *k).mT.flatten(1)
             out["weight"] = Sketched(value)
         elif "weight" in roles and w is not None:
             left, right = g[:, None], inputs(layout)[:, None]
