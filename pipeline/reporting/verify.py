@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from curate.pipeline.manifests.manifest import Manifest
+from curate.pipeline.manifests.mixed_corpus import open_described
 from curate.pipeline.models.checkpoint import find_checkpoints, load_model, read_checkpoint
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.reporting.layout import Kind, kind_of
@@ -165,7 +166,7 @@ def _verify_corpus_of(
 
 
 def _same_corpus(described: dict[str, Any]) -> None:
-    open_corpus(described["uri"]).same_corpus(described)
+    open_described(described)
 
 
 def _shard(described: dict[str, Any], shard: int, digest: str) -> str | None:

@@ -18,6 +18,7 @@ from curate.pipeline.manifests.loader import load_manifest
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.manifests.mixture import mix
 from curate.pipeline.manifests.rescheduled import schedule
+from curate.pipeline.reporting.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "manifest-v2"
 ROWS = st.sets(st.integers(0, 399), min_size=1, max_size=60)
@@ -254,6 +255,7 @@ class TestMixture:
             for x, t, w in zip(batch["x"], batch["text"], batch["weight"], strict=True)
         ]
         assert {x: t for x, t, _ in seen} == expected and len(seen) == 260
+        assert verify(mixed.path)["problems"] == []
         share = sum(w for x, _, w in seen if x < 50_000) / sum(w for _, _, w in seen)
         assert share == pytest.approx(1 / 3, rel=1e-5)
 
