@@ -1,0 +1,72 @@
+"""`curate export` and `curate manifest …` from the command line."""
+
+import json
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from curate import cli
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["curate", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_export_and_resume(run, make_selection, tmp_path):
+    path, out = make_selection("loss").path, tmp_path / "out"
+    for _ in range(2):
+        code, said, _ = run(
+            "export", path, "--to", "parquet", "--columns", "x,text", "-o", out, "--json"
+        )
+        assert code == 0 and json.loads(said)["rows"] == 300
+    assert pq.read_table(out).column_names == ["x", "text", "weight"]
+    for arguments, text in (
+        ((path, "-o", out), "--to is missing"),
+        ((path, "--to", "csv", "-o", out), "unknown format 'csv'"),
+        ((path, "--to", "mds", "-o", out), "an export of other settings"),
+        ((tmp_path, "--to", "mds", "-o", out), "holds no manifest"),
+    ):
+        code, _, said = run("export", *arguments)
+        assert code == 2 and text in said and "Traceback" not in said
+        assert len(said.strip().splitlines()) == 1
+
+
+def test_manifest_commands(run, make_selection, tmp_path):
+    a, b = make_selection(kept=100, name="a").path, make_selection(kept=90, name="b", seed=3).path
+    far = make_selection(kept=40, name="far", data="other", offset=9000).path
+    sizes = {}
+    for name in ("union", "intersect", "subtract"):
+        code, said, _ = run("manifest", name, a, b, "-o", tmp_path / name, "--json")
+        assert code == 0
+        sizes[name] = json.loads(said)["selection"]["selected"]
+    assert sizes["union"] == 190 - sizes["intersect"]
+    assert sizes["subtract"] == 100 - sizes["intersect"]
+    assert run("manifest", "sample", a, "--budget", "50%", "-o", tmp_path / "s")[1].startswith(
+        "50 "
+    )
+    assert run("manifest", "sample", a, b, "-o", tmp_path / "t")[1].startswith("90 rows")
+    mixed = run("manifest", "mix", a, far, "--proportions", "2,1", "-o", tmp_path / "m")
+    assert mixed[1].startswith("140 rows")
+    scheduled = run(
+        "manifest", "schedule", a, "--rule", "rs2", "--param", "fraction=0.2", "-o", tmp_path / "r"
+    )
+    assert scheduled[0] == 0
+    for arguments, text in (
+        (("union", a, far, "-o", tmp_path / "x"), "not the same data"),
+        (("union", a, b), "--out is missing"),
+        (("mix", a, far, "--proportions", "2;1", "-o", tmp_path / "x"), "not a list such as"),
+    ):
+        code, _, said = run("manifest", *arguments)
+        assert code == 2 and text in said
