@@ -1,21 +1,24 @@
 """The signals engine: every per-row quantity from one forward and at most one backward pass.
 
-Shapes: B rows.
+Shapes: B rows, M groups of a target.
 
 `Engine` serves scorers, which name their needs as `Signal`s; `curate.signals` is for people.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curate.scorers.fallback import summed_gradient
 from curate.scorers.head import STATISTICS
 from curate.scorers.passes import Harvest, Needs
+from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
-from curate.scorers.protocol import RECORD_KINDS, Signal
-from curate.scorers.readouts import sq_norm
+from curate.scorers.protocol import RECORD_KINDS, TARGET_KINDS, Signal
+from curate.scorers.readouts import Dots, Readout, sq_norm
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 __all__ = ["Engine", "EngineError"]
@@ -53,10 +56,14 @@ class Engine:
         kinds = {s.kind for s in self.wanted}
         self._core = WatchedModel(model, outputs, probe)
         self._sets = [s.params for s in self.wanted if s.kind == "grad_sq_norm"]
-        for params in self._sets:
+        self._target_sets = [s.params for s in self.wanted if s.kind in TARGET_KINDS]
+        self._directions: dict[str, Tensor] = {}
+        self._target_norms: dict[str, Tensor] = {}
+        gradients = [*self._sets, *self._target_sets]
+        for params in gradients:
             self._core.check(params)
         self._core.want(
-            params=self._sets,
+            params=gradients,
             head="weight_alignment" in kinds,
             logits="el2n_seq" in kinds,
         )
@@ -75,12 +82,43 @@ class Engine:
     @property
     def differentiates(self) -> bool:
         """Whether there is a backward pass."""
-        return bool(self._kinds & {"grad_sq_norm", "el2n_seq", "weight_alignment"})
+        kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot"}
+        return bool(self._kinds & kinds)
 
     @property
     def paths(self) -> dict[str, str]:
         """How each parameter's gradient is taken; known after the first batch."""
         return self._core.paths
+
+    @property
+    def directions(self) -> Mapping[str, Float[Tensor, "m ..."]]:
+        """The target groups' mean gradients by parameter, for the weights that are loaded.
+
+        Signals that compare rows with a target need them. Set anew where weights are swapped.
+        """
+        return self._directions
+
+    @directions.setter
+    def directions(self, given: Mapping[str, Float[Tensor, "m ..."]]) -> None:
+        self._directions, self._target_norms = dict(given), {}
+
+    def target_params(self, batch: Any) -> dict[str, Tensor]:
+        """Return the parameters that are compared with a target, by name."""
+        self._core.ready(batch)
+        names = frozenset().union(*map(self._core.names, self._target_sets))
+        params = named_parameters(self._core.passes.model)
+        return {name: params[name].detach() for name in self._core.all if name in names}
+
+    def summed_gradient(self, batch: Any) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+        """Return the rows' losses and their sum's gradient, by plain autograd over the batch.
+
+        Of the parameters that are compared with a target; one that plays no part is absent.
+        """
+        passes, names = self._core.passes, self.target_params(batch)
+        own = named_parameters(passes.model)
+        with prepared(passes.model):
+            params = {name: own[name] for name in names}
+            return summed_gradient(batch, lambda b: passes.evaluate(b).loss, params)
 
     def verify(self, batch: Any) -> None:
         """Find the parameters' paths on this batch and check them against autograd row by row.
@@ -92,36 +130,61 @@ class Engine:
         """
         self._core.verify(batch)
 
-    def __call__(self, batch: Any) -> dict[Signal, Float[Tensor, " b"]]:
-        """Return every wanted signal [B], float32 (float64 for a float64 model), on its device."""
+    def __call__(self, batch: Any) -> dict[Signal, Float[Tensor, "b ..."]]:
+        """Return every wanted signal [B], float32 (float64 for a float64 model), on its device.
+
+        Those that compare a row with a target are [B, M].
+        """
         core = self._core
         core.ready(batch)
         needs = Needs(
-            readouts={p: (core.names(p), sq_norm) for p in self._sets},
+            readouts=self._readouts(),
             statistics=bool(self._kinds & STATISTICS),
             logit_norm="el2n_seq" in self._kinds,
             alignment="weight_alignment" in self._kinds,
         )
-        harvest = core.passes.run(batch, _merged(needs))
-        return {s: _signal(s, harvest, core) for s in self.wanted}
+        harvest = core.passes.run(batch, needs)
+        return {s: self._signal(s, harvest) for s in self.wanted}
 
+    def _readouts(self) -> dict[str, tuple[frozenset[str], Readout]]:
+        """Several sets of parameters share one squared norm, and one dot, per parameter."""
+        readouts: dict[str, tuple[frozenset[str], Readout]] = {}
+        if self._sets:
+            readouts["sq_norm"] = self._union(self._sets), sq_norm
+        if self._target_sets:
+            assert self._directions, "a target's directions are set before the first batch"
+            readouts["dots"] = self._union(self._target_sets), Dots(self._directions)
+        return readouts
 
-def _merged(needs: Needs) -> Needs:
-    """Several sets of parameters share one squared norm per parameter."""
-    if not needs.readouts:
-        return needs
-    merged = {"sq_norm": (needs.params, sq_norm)}
-    return Needs(merged, needs.statistics, needs.logit_norm, needs.alignment)
+    def _union(self, sets: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*map(self._core.names, sets))
 
+    def _signal(self, signal: Signal, harvest: Harvest) -> Tensor:
+        core = self._core
+        if signal.kind == "loss":
+            return harvest.loss
+        if signal.kind == "grad_sq_norm":
+            return total(harvest, "sq_norm", core.names(signal.params))
+        if signal.kind == "target_dot":
+            zero = harvest.loss.new_zeros(len(harvest.loss), self._groups)
+            found, names = harvest.readouts["dots"], sorted(core.names(signal.params))
+            return torch.stack([zero, *(found[n] for n in names if n in found)]).sum(0)
+        if signal.kind == "target_norm":
+            return self._target_norm(signal.params).expand(len(harvest.loss), -1)
+        if signal.kind == "el2n_seq":
+            assert harvest.logit_norm is not None, "asked for"
+            return harvest.logit_norm
+        if signal.kind == "weight_alignment":
+            return alignment(harvest)
+        return harvest.statistics[signal.kind]
 
-def _signal(signal: Signal, harvest: Harvest, core: "WatchedModel") -> Tensor:
-    if signal.kind == "loss":
-        return harvest.loss
-    if signal.kind == "grad_sq_norm":
-        return total(harvest, "sq_norm", core.names(signal.params))
-    if signal.kind == "el2n_seq":
-        assert harvest.logit_norm is not None, "asked for"
-        return harvest.logit_norm
-    if signal.kind == "weight_alignment":
-        return alignment(harvest)
-    return harvest.statistics[signal.kind]
+    @property
+    def _groups(self) -> int:
+        return len(next(iter(self._directions.values())))
+
+    def _target_norm(self, params: str) -> Float[Tensor, " m"]:
+        if params not in self._target_norms:
+            found = [self._directions[name] for name in sorted(self._core.names(params))]
+            norms = [torch.linalg.vector_norm(v.reshape(len(v), -1), dim=1) for v in found]
+            self._target_norms[params] = torch.stack(norms).norm(dim=0)
+        return self._target_norms[params]

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call, vjp, vmap
@@ -255,23 +256,41 @@ def whole_model_rows(
     """Yield each row's loss and gradients from a pass over that row alone: the definition."""
     tensors, copies = list(params.values()), True
     for row in range(count_rows(batch)):
-        one = select_rows(batch, [row])
-        try:
-            loss, grads = _whole_row(one, loss_of, tensors, copies)
-        except RuntimeError as error:
-            if not copies or "saved tensor hooks" not in str(error):
-                raise
-            copies = False  # torch.func inside the model: it does not bear them
-            loss, grads = _whole_row(one, loss_of, tensors, copies)
+        loss, grads, copies = _summed(select_rows(batch, [row]), loss_of, tensors, copies)
         pairs = zip(grads, tensors, strict=True)
         yield loss, [torch.zeros_like(p) if g is None else _dense(g) for g, p in pairs]
 
 
-def _whole_row(
-    row: Any, loss_of: Callable[[Any], Tensor], tensors: list[Tensor], copies: bool
+def summed_gradient(
+    batch: Any, loss_of: Callable[[Any], Tensor], params: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    """Return the rows' losses and the gradient of their sum, by plain autograd.
+
+    A parameter that the loss does not depend on is absent.
+    """
+    loss, grads, _ = _summed(batch, loss_of, list(params.values()), True)
+    pairs = zip(params, grads, strict=True)
+    return loss, {name: _dense(g) for name, g in pairs if g is not None}
+
+
+def _summed(
+    batch: Any, loss_of: Callable[[Any], Tensor], tensors: list[Tensor], copies: bool
+) -> tuple[Tensor, Sequence[Tensor | None], bool]:
+    """Return the losses, the gradient of their sum, and whether the model bears copies."""
+    try:
+        return *_in_one_pass(batch, loss_of, tensors, copies), copies
+    except RuntimeError as error:
+        if not copies or "saved tensor hooks" not in str(error):
+            raise
+    # torch.func inside the model: it does not bear them
+    return *_in_one_pass(batch, loss_of, tensors, False), False
+
+
+def _in_one_pass(
+    batch: Any, loss_of: Callable[[Any], Tensor], tensors: list[Tensor], copies: bool
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     with _differentiable(tensors, copies):
-        loss = loss_of(row)
+        loss = loss_of(batch)
         if not loss.requires_grad or not tensors:
             return loss.detach(), [None] * len(tensors)
         grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)

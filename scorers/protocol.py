@@ -1,7 +1,7 @@
 """What flows between a task, the signals engine and a scorer.
 
 Shapes: B rows, S sequences (S = B unless a long document was cut into windows), T tokens,
-C classes or vocabulary size, D hidden size, K checkpoints of one run.
+C classes or vocabulary size, D hidden size, K checkpoints of one run, M groups of the target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,12 +81,16 @@ SignalKind = Literal[
     "correct",  # fraction of target tokens predicted right
     "tokens",  # number of target tokens
     "grad_sq_norm",  # squared norm of d(row loss)/d(params)
+    "target_dot",  # inner product of d(row loss)/d(params) with each target group's mean; M values
+    "target_norm",  # norm of each target group's mean gradient, the same for all rows; M values
     "weight_alignment",  # cos(-d(row loss)/dW, W) for the head's weight matrix W
     "forgetting",  # from training records: events per run
     "aum",  # from training records: area under the margin
 ]
 RECORD_KINDS = frozenset({"forgetting", "aum"})
 """Signals that training wrote down (`records.parquet`); no pass over the model computes them."""
+TARGET_KINDS = frozenset({"target_dot", "target_norm"})
+"""Signals that compare a row with a target: [K, B, M] where others are [K, B]."""
 
 
 @dataclass(frozen=True, order=True)
@@ -127,7 +131,7 @@ class Scorer(Protocol):
     def needs(self) -> frozenset[Signal]: ...
 
     def reduce(
-        self, signals: Mapping[Signal, Float[Tensor, "k b"]], weights: Float[Tensor, " k"]
+        self, signals: Mapping[Signal, Float[Tensor, "k b ..."]], weights: Float[Tensor, " k"]
     ) -> Float[Tensor, " b"]:
         """Return one score per row from float64 signals of the K checkpoints of one run.
 
