@@ -1,5 +1,9 @@
-"""One forward and at most one backward pass over a batch, for all the signals asked for."""
+"""One forward pass over a batch and at most one backward pass of its loss, for all signals.
 
+Where the gradient of the target logit is asked for, it has a backward pass of its own.
+"""
+
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -9,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from curate.kernels.cross_entropy import Gathered, gathering
@@ -16,9 +21,11 @@ from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.scorers.fallback import Catcher, Replay, whole_model_rows
 from curate.scorers.head import HeadWatch, row_statistics
 from curate.scorers.head_uses import HeadCall, head_wants
+from curate.scorers.logit_grad import Given, LogitGradient, logit_gradient
 from curate.scorers.parts import (
     Full,
     Gradient,
+    Layout,
     Part,
     Sketched,
     alone,
@@ -48,6 +55,7 @@ class Needs:
     alignment: bool = False
     hidden: bool = False
     input_grad: bool = False
+    logit_grad: bool = False
 
     @property
     def params(self) -> frozenset[str]:
@@ -58,8 +66,18 @@ class Needs:
         return self.alignment or self.hidden
 
     @property
-    def differentiates(self) -> bool:
+    def of_loss(self) -> bool:
+        """Whether the loss is differentiated."""
         return bool(self.params) or self.logit_norm or self.alignment or self.input_grad
+
+    @property
+    def differentiates(self) -> bool:
+        return self.of_loss or self.logit_grad
+
+    @property
+    def inputs(self) -> bool:
+        """Whether gradients of the model's inputs are wanted."""
+        return self.input_grad or self.logit_grad
 
 
 @dataclass
@@ -76,6 +94,7 @@ class Harvest:
     targets: Tensor | None = None
     row_ids: Tensor | None = None
     input_grad: dict[str, Tensor] = field(default_factory=dict)
+    logit_grad: LogitGradient | None = None
 
 
 @dataclass
@@ -89,6 +108,11 @@ class Passes:
 
     def run(self, batch: Any, needs: Needs) -> Harvest:
         """Return what is needed of the batch; the plan may change where it does not hold."""
+        if self.recompute.on and needs.logit_grad and needs.of_loss:
+            # A block that runs again does so for one backward pass, and is let go after it.
+            harvest = self.run(batch, replace(needs, logit_grad=False))
+            harvest.logit_grad = self.run(batch, Needs(logit_grad=True)).logit_grad
+            return harvest
         while True:
             try:
                 return _Pass(self, batch, needs).run()
@@ -132,7 +156,8 @@ class _Pass:
         self.sums: dict[str, dict[str, Tensor]] = {key: {} for key in needs.readouts}
         device = next((p.device for p in self.params.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Given] = {}
+        self.first: str | None = None
         self.pointers: dict[int, str] = {}
 
     def run(self) -> Harvest:
@@ -150,7 +175,9 @@ class _Pass:
                 outputs, taps, catcher, watch = self._forward()
             harvest = self._harvest(outputs, gathered)
             del gathered
-            if self.needs.differentiates:
+            if self.needs.logit_grad:
+                harvest.logit_grad = self._logit_backward(outputs, taps, catcher)
+            if self.needs.of_loss:
                 self._backward(outputs, taps, unused, harvest)
             if watch is not None:
                 harvest.alignment = watch.alignment
@@ -190,12 +217,12 @@ class _Pass:
             by_part=self._linear_only(analytic),
             prepare_head=self._prepare_head,
             watched=watched,
-            on_embedding=self._embedding if self.needs.input_grad else None,
+            on_embedding=self._embedding if self.needs.inputs else None,
         )
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(catcher.listening())
-            if self.needs.input_grad:
+            if self.needs.inputs:
                 stack.enter_context(self._watching_inputs())
             tracer = stack.enter_context(Tracer(self.params, taps))
             stack.enter_context(
@@ -216,12 +243,14 @@ class _Pass:
 
     def _backward(self, outputs: Outputs, taps: Taps, unused: set[str], harvest: Harvest) -> None:
         names = sorted(unused)
-        wanted = {"anchor": self.anchor} | {name: self.params[name] for name in names}
+        wanted: dict[str, Tensor | GradientEdge] = {"anchor": self.anchor}
+        wanted |= {name: self.params[name] for name in names}
         head = self.plan.head
         fused = head is not None and head.key is not None and head.key[0] == "linear_head"
         if self.needs.logit_norm and not fused:
             wanted["logits"] = _logits_of(outputs)
-        wanted |= {f"input {name}": x for name, x in self.inputs.items()}
+        inputs = self.inputs if self.needs.input_grad else {}
+        wanted |= {f"input {name}": x.edge for name, x in inputs.items()}
         grads: dict[str, Tensor | None] = dict.fromkeys(wanted)
         if outputs.loss.requires_grad:
             # The sum of the rows' losses: no row has a part in another's, so each sees its own.
@@ -234,9 +263,20 @@ class _Pass:
             raise Replan("used for the first time", used)
         if "logits" in grads:
             harvest.logit_norm = self._norm_of(grads["logits"])
-        for name, x in self.inputs.items():
+        for name, x in inputs.items():
             g = grads[f"input {name}"]
-            harvest.input_grad[name] = torch.zeros_like(x) if g is None else g
+            harvest.input_grad[name] = x.zeros.contiguous() if g is None else g
+
+    def _logit_backward(self, outputs: Outputs, taps: Taps, catcher: Catcher) -> LogitGradient:
+        """Go back from the target logits, on the graph that the loss goes back on afterwards."""
+        given = None if self.first is None else self.inputs.get(self.first)
+        with taps.asleep():
+            found = logit_gradient(
+                outputs, given, self.batch, self.row_map, keep_graph=self.needs.of_loss
+            )
+        for caught in itertools.chain(*catcher.calls.values()):
+            caught.grads.clear()
+        return found
 
     def _norm_of(self, grad: Tensor | None) -> Tensor:
         if grad is None:
@@ -349,8 +389,10 @@ class _Pass:
             for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
                 if not isinstance(leaf, Tensor):
                     continue
+                self.first = self.first or name
                 if leaf.is_floating_point():
-                    leaves[i] = self.inputs[name] = anchored(leaf.detach().clone(), self.anchor)
+                    leaves[i] = anchored(leaf.detach().clone(), self.anchor)
+                    self.inputs[name] = Given.now(leaves[i])
                 else:
                     self.pointers[leaf.data_ptr()] = name
             return tree_unflatten(leaves, spec)
@@ -361,10 +403,10 @@ class _Pass:
         finally:
             handle.remove()
 
-    def _embedding(self, use: Use, out: Tensor) -> None:
+    def _embedding(self, use: Use, out: Tensor, layout: Layout) -> None:
         name = self.pointers.pop(use.saved[0].get().data_ptr(), None)
         if name is not None:
-            self.inputs[name] = out
+            self.inputs[name] = Given.now(out, layout)
 
 
 def _logits_of(outputs: Outputs) -> Tensor:

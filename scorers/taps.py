@@ -233,7 +233,7 @@ class Taps:
     prepare_head: Callable[[UseKey, Use, Lookups], None]
     """Called before a head with its loss is, with the look-ups made so far."""
     watched: Mapping[UseKey, "Watch"] = field(default_factory=dict)
-    on_embedding: Callable[[Use, Tensor], None] | None = None
+    on_embedding: Callable[[Use, Tensor, Layout], None] | None = None
 
     def __post_init__(self) -> None:
         self.later: Callable[[UseKey], Callable[[], Use]] | None = None
@@ -241,6 +241,16 @@ class Taps:
         self._parts: dict[str, list[Part]] = defaultdict(list)
         self._pending = Counter[str]()
         self._lookups: Lookups = defaultdict(list)
+        self._is_asleep = False
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Within: a backward pass goes by unseen; another one of the same graph follows it."""
+        self._is_asleep = True
+        try:
+            yield
+        finally:
+            self._is_asleep = False
 
     def before(self, key: UseKey, use: Use) -> None:
         if use.call is not None:
@@ -258,7 +268,7 @@ class Taps:
         if watch is not None:
             watch.saw(use, out, layout)
         if self.on_embedding is not None and use.kind == "embedding":
-            self.on_embedding(use, out)
+            self.on_embedding(use, out, layout)
         if use.kind == "embedding" and roles:
             index = layout.rows_first(layout.spread(use.saved[0].get()))
             self._lookups[use.params["weight"].name].append(index.reshape(len(index), -1))
@@ -333,6 +343,8 @@ class Taps:
         watch: "Watch | None",
         g: Tensor,
     ) -> None:
+        if self._is_asleep:
+            return
         use = use_of()
         try:
             if watch is not None:
