@@ -1,7 +1,8 @@
 """The signals engine: every per-row quantity from one forward and at most one backward pass.
 
-Shapes: B rows, M groups of a target.
+Shapes: B rows, M groups of a target, N coordinates of a row's input.
 
+The gradient of the target logit takes a backward pass of its own, on the same forward pass.
 `Engine` serves scorers, which name their needs as `Signal`s; `curate.signals` is for people.
 """
 
@@ -17,7 +18,7 @@ from curate.scorers.head import STATISTICS
 from curate.scorers.passes import Harvest, Needs
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
-from curate.scorers.protocol import RECORD_KINDS, TARGET_KINDS, Signal
+from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal
 from curate.scorers.readouts import Dots, Readout, sq_norm
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
@@ -54,6 +55,11 @@ class Engine:
         if records := sorted({s.kind for s in self.wanted if s.kind in RECORD_KINDS}):
             raise ValueError(f"{', '.join(records)} come from training records, not from a pass")
         kinds = {s.kind for s in self.wanted}
+        if spreads := sorted(kinds & SPREAD_KINDS):
+            raise ValueError(
+                f"{', '.join(spreads)} is made of the logit_grad of several checkpoints: "
+                "see LogitSpread"
+            )
         self._core = WatchedModel(model, outputs, probe)
         self._sets = [s.params for s in self.wanted if s.kind == "grad_sq_norm"]
         self._target_sets = [s.params for s in self.wanted if s.kind in TARGET_KINDS]
@@ -65,7 +71,7 @@ class Engine:
         self._core.want(
             params=gradients,
             head="weight_alignment" in kinds,
-            logits="el2n_seq" in kinds,
+            logits=bool(kinds & {"el2n_seq", "logit_grad"}),
         )
         self._kinds = kinds
         self.recompute = recompute
@@ -82,7 +88,7 @@ class Engine:
     @property
     def differentiates(self) -> bool:
         """Whether there is a backward pass."""
-        kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot"}
+        kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot", "logit_grad"}
         return bool(self._kinds & kinds)
 
     @property
@@ -133,7 +139,8 @@ class Engine:
     def __call__(self, batch: Any) -> dict[Signal, Float[Tensor, "b ..."]]:
         """Return every wanted signal [B], float32 (float64 for a float64 model), on its device.
 
-        Those that compare a row with a target are [B, M].
+        Those that compare a row with a target are [B, M], the logit's gradient is [B, N] in the
+        model's own dtype.
         """
         core = self._core
         core.ready(batch)
@@ -142,6 +149,7 @@ class Engine:
             statistics=bool(self._kinds & STATISTICS),
             logit_norm="el2n_seq" in self._kinds,
             alignment="weight_alignment" in self._kinds,
+            logit_grad="logit_grad" in self._kinds,
         )
         harvest = core.passes.run(batch, needs)
         return {s: self._signal(s, harvest) for s in self.wanted}
@@ -176,6 +184,10 @@ class Engine:
             return harvest.logit_norm
         if signal.kind == "weight_alignment":
             return alignment(harvest)
+        if signal.kind in ("logit_grad", "coordinates"):
+            assert harvest.logit_grad is not None, "asked for"
+            is_count = signal.kind == "coordinates"
+            return harvest.logit_grad.coordinates if is_count else harvest.logit_grad.values
         return harvest.statistics[signal.kind]
 
     @property

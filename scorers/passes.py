@@ -255,7 +255,9 @@ class _Pass:
         if outputs.loss.requires_grad:
             # The sum of the rows' losses: no row has a part in another's, so each sees its own.
             values = torch.autograd.grad(
-                outputs.loss.sum(), list(wanted.values()), allow_unused=True
+                outputs.loss.sum(),
+                list(wanted.values()),  # type: ignore[arg-type]  # typed as all of one kind
+                allow_unused=True,
             )
             grads = dict(zip(wanted, values, strict=True))
         taps.flush()

@@ -84,11 +84,17 @@ SignalKind = Literal[
     "target_dot",  # inner product of d(row loss)/d(params) with each target group's mean; M values
     "target_norm",  # norm of each target group's mean gradient, the same for all rows; M values
     "weight_alignment",  # cos(-d(row loss)/dW, W) for the head's weight matrix W
+    "logit_grad",  # d(sum of target logits)/d(input), a vector per row
+    "coordinates",  # how many entries of that vector are the row's own
+    "vog_std",  # its standard deviation over a run's checkpoints, mean over coordinates
+    "vog_var",  # its variance over a run's checkpoints, mean over coordinates
     "forgetting",  # from training records: events per run
     "aum",  # from training records: area under the margin
 ]
 RECORD_KINDS = frozenset({"forgetting", "aum"})
 """Signals that training wrote down (`records.parquet`); no pass over the model computes them."""
+SPREAD_KINDS = frozenset({"vog_std", "vog_var"})
+"""Signals made of all checkpoints of a run; no checkpoint has a value of its own."""
 TARGET_KINDS = frozenset({"target_dot", "target_norm"})
 """Signals that compare a row with a target: [K, B, M] where others are [K, B]."""
 
@@ -136,6 +142,7 @@ class Scorer(Protocol):
         """Return one score per row from float64 signals of the K checkpoints of one run.
 
         `weights` are the checkpoints' learning rates, normalised to sum 1 (equal where unknown).
-        Signals from training records have K = 1.
+        Signals from training records, or made of all checkpoints, have one value per run: their
+        first axis is 1.
         """
         ...
