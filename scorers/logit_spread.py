@@ -3,13 +3,13 @@
 Shapes: B rows, N coordinates.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curate.kernels.moments import finish_moments, update_moments
+from curate.kernels.moments import Spread, finish_moments, update_moments
 from curate.kernels.summation import accumulator
 from curate.scorers.protocol import SPREAD_KINDS, Signal
 
@@ -34,6 +34,12 @@ class LogitSpread:
         """Forget all checkpoints so far."""
         self._count = 0
         self._mean = self._m2 = torch.empty(0)
+
+    @staticmethod
+    def size(reading: Mapping[Signal, Tensor]) -> int:
+        """Return the bytes that are kept from such a reading to the next."""
+        x = reading[GRADIENT]
+        return 2 * x.numel() * accumulator(x).itemsize
 
     def take(self, reading: dict[Signal, Tensor], is_last: bool) -> dict[Signal, Tensor]:
         """Return the reading with the spreads in place of the gradient.
@@ -60,6 +66,6 @@ class LogitSpread:
     ) -> Float[Tensor, " b"]:
         if self._count == 1:
             return torch.zeros_like(own)
-        spread = "std" if signal.kind == "vog_std" else "var"
+        spread: Spread = "std" if signal.kind == "vog_std" else "var"
         # What fills a row up is 0 at every checkpoint and spreads nowhere, but was counted.
         return finish_moments(self._mean, self._m2, x, self._count, spread) * (x.shape[1] / own)

@@ -1,5 +1,6 @@
 """VoG: how much the target logit's gradient with respect to the input varies over training."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -60,4 +61,4 @@ class VoG:
     ) -> Float[Tensor, " b"]:
         (signal,) = self.needs
         (spread,) = signals[signal]
-        return spread * len(weights) ** 0.5 if self.variant == "printed" else spread
+        return spread * math.sqrt(len(weights)) if self.variant == "printed" else spread

@@ -16,10 +16,11 @@ from curate.pipeline.scoring.work import (
     Work,
     has_checkpoints,
     learning_rate_weights,
+    reads_model,
     record_signals,
 )
 from curate.pipeline.training.records import read_records
-from curate.scorers.protocol import Signal
+from curate.scorers.protocol import SPREAD_KINDS, Signal
 
 Records = dict[int, dict[Signal, np.ndarray]]
 """Seed -> signal -> float64 value of each row; NaN where training did not see the row."""
@@ -59,7 +60,7 @@ class Reduction:
             signals = {
                 s: torch.from_numpy(records[seed][s][rows])[None]
                 if s in self.records
-                else reading[s][indices]
+                else reading[s][indices[-1:] if s.kind in SPREAD_KINDS else indices]
                 for s in scorer.needs
             }
             runs.append(scorer.reduce(signals, self.weights[seed]).double().numpy())
@@ -111,7 +112,7 @@ class ScoreRows:
                 found[alias] = runs.mean(0).astype(np.float32)
                 if f"{alias}_std" in self.columns:
                     found[f"{alias}_std"] = runs.std(0, ddof=1).astype(np.float32)
-                if has_checkpoints(scorer):
+                if reads_model(scorer):
                     bad |= ~np.isfinite(found[alias])
                 if f"{alias}_by_checkpoint" in self.columns:
                     at = self.reduction.by_checkpoint(alias, reading)
@@ -129,7 +130,7 @@ class ScoreRows:
             if not np.isfinite(loss):
                 return f"the loss is {loss} at checkpoint {checkpoint.path.rsplit('/', 1)[-1]}"
         for alias, scorer in self.reduction.scorers.items():
-            if has_checkpoints(scorer):
+            if reads_model(scorer):
                 value = self.reduction.by_seed(alias, reading, {}, np.zeros(1, int)).mean()
                 if not np.isfinite(np.float32(value)):
                     return f"the score {alias} is {np.float32(value)}"

@@ -32,6 +32,8 @@ log = logging.getLogger("curate.score")
 
 GROUP_BYTES = 256 << 20
 """Collated batches held at once while checkpoints are swapped under them."""
+STATE_BYTES = 1 << 30
+"""What they keep from one checkpoint to the next, on the device. One batch may be larger."""
 GROUP_BATCHES = 64
 
 
@@ -156,7 +158,7 @@ class _Scoring:
         """Collate pieces from the front until a group is full."""
         group: list[Piece] = []
         batches: list[Batch | Exception] = []
-        size = 0
+        size, state = 0, 0.0
         assert window.encoded is not None, "a window with pieces is encoded"
         for piece in waiting[:GROUP_BATCHES]:
             try:
@@ -166,8 +168,9 @@ class _Scoring:
             else:
                 batches.append(batch)
                 size += sum(t.numel() * t.element_size() for t in batch.inputs.values())
+                state += self.signals.state_bytes(batch)
             group.append(piece)
-            if size > GROUP_BYTES:
+            if size > GROUP_BYTES or state > STATE_BYTES:
                 break
         return group, batches
 
