@@ -60,5 +60,5 @@ class VoG:
         self, signals: Mapping[Signal, Float[Tensor, "k b"]], weights: Float[Tensor, " k"]
     ) -> Float[Tensor, " b"]:
         (signal,) = self.needs
-        (spread,) = signals[signal]
+        spread: Tensor = signals[signal][0]
         return spread * math.sqrt(len(weights)) if self.variant == "printed" else spread
