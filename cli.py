@@ -196,6 +196,13 @@ def score(
         list[str] | None,
         typer.Option(help="el2n,grand or ALIAS=self_influence(params=head); repeatable."),
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Corpus that grad_similarity compares rows with.")
+    ] = None,
+    target_group: Annotated[
+        str | None,
+        typer.Option(help="Column of its groups, or none; its classes by default."),
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Corpus columns to copy; the label by default.")
     ] = None,
@@ -235,6 +242,8 @@ def score(
         _corpus(corpus, split),
         checkpoints=checkpoints or ["run/checkpoints"],
         scorers=_required(scorer, "--scorer"),
+        target=target,
+        target_group=target_group,
         keep=[c for text in keep for c in text.split(",") if c] if keep is not None else None,
         keep_checkpoints=keep_checkpoints,
         model=model,

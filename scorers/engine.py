@@ -63,7 +63,7 @@ class Engine:
         self._core = WatchedModel(model, outputs, probe)
         self._sets = [s.params for s in self.wanted if s.kind == "grad_sq_norm"]
         self._target_sets = [s.params for s in self.wanted if s.kind in TARGET_KINDS]
-        self._directions: dict[str, Tensor] = {}
+        self._directions: Mapping[str, Tensor] = {}
         self._target_norms: dict[str, Tensor] = {}
         gradients = [*self._sets, *self._target_sets]
         for params in gradients:
@@ -106,7 +106,7 @@ class Engine:
 
     @directions.setter
     def directions(self, given: Mapping[str, Float[Tensor, "m ..."]]) -> None:
-        self._directions, self._target_norms = dict(given), {}
+        self._directions, self._target_norms = given, {}
 
     def target_params(self, batch: Any) -> dict[str, Tensor]:
         """Return the parameters that are compared with a target, by name."""
@@ -161,7 +161,7 @@ class Engine:
             readouts["sq_norm"] = self._union(self._sets), sq_norm
         if self._target_sets:
             assert self._directions, "a target's directions are set before the first batch"
-            readouts["dots"] = self._union(self._target_sets), Dots(self._directions)
+            readouts["dots"] = self._union(self._target_sets), Dots(dict(self._directions))
         return readouts
 
     def _union(self, sets: Iterable[str]) -> frozenset[str]:

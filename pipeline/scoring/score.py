@@ -55,7 +55,8 @@ def score(
     *,
     checkpoints: str | os.PathLike[str] | Sequence[str],
     scorers: str | Sequence[str],
-    target: str | None = ...,
+    target: str | os.PathLike[str] | Sequence[str] | Corpus | None = ...,
+    target_group: str | None = ...,
     keep: Sequence[str] | None = ...,
     model: str | None = ...,
     task: str | None = ...,
@@ -83,7 +84,8 @@ def score(
     *,
     checkpoints: str | os.PathLike[str] | Sequence[str],
     scorers: str | Sequence[str],
-    target: str | None = ...,
+    target: str | os.PathLike[str] | Sequence[str] | Corpus | None = ...,
+    target_group: str | None = ...,
     keep: Sequence[str] | None = ...,
     model: str | None = ...,
     task: str | None = ...,
@@ -110,7 +112,8 @@ def score(
     *,
     checkpoints: str | os.PathLike[str] | Sequence[str],
     scorers: str | Sequence[str],
-    target: str | None = None,
+    target: str | os.PathLike[str] | Sequence[str] | Corpus | None = None,
+    target_group: str | None = None,
     keep: Sequence[str] | None = None,
     model: str | None = None,
     task: str | None = None,
@@ -137,6 +140,9 @@ def score(
     nulls and its `error`; more of them than `max_bad_rows` (max(10, 0.1 %)) stop the run. A unit
     that kills its process three times is quarantined, see `ScoreTable.success["quarantined"]`.
 
+    `target` is a small corpus that scorers such as grad_similarity compare rows with, in groups by
+    class where the task has classes, or by the column `target_group` ("none": all in one).
+
     `engine` is `local` (this process), `ray` (a pool of `workers`, each with `num_gpus`, here or
     at `ray_address`) or `auto`. `threads` of a worker depend on the model alone by default, so
     that the same configuration gives the same bytes on either engine with any number of workers.
@@ -147,8 +153,6 @@ def score(
         ValueError: wrong input, or the folder holds another run or something else.
         RuntimeError: another run is at work in the folder, too many rows are bad, workers die.
     """
-    if target is not None:
-        raise ValueError("target is given, but none of the scorers compares rows with a target")
     _check_engine(engine, workers, num_gpus, ray_address, out)
     opened = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     setup = set_up(
@@ -156,6 +160,8 @@ def score(
             opened,
             checkpoints,
             scorers,
+            target=target,
+            target_group=target_group,
             keep=keep,
             model=model,
             task=task,

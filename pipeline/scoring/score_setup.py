@@ -19,6 +19,7 @@ from curate.pipeline.models.models import absolute_model, model_args
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan, window_rows
 from curate.pipeline.scoring.score_table import FORMAT, VERSION
+from curate.pipeline.scoring.target import Given, find_target
 from curate.pipeline.scoring.work import Work, model_signals, record_signals
 from curate.pipeline.storing.storage import Folder, canonical_json
 from curate.pipeline.tasks.guess import guess_aloud
@@ -43,6 +44,8 @@ class Request:
     corpus: Corpus
     checkpoints: str | os.PathLike[str] | Sequence[str]
     scorers: str | Sequence[str]
+    target: Given | None = None
+    target_group: str | None = None
     keep: Sequence[str] | None = None
     model: str | None = None
     task: str | None = None
@@ -93,6 +96,7 @@ def set_up(request: Request) -> Setup:
         with_tokens=description["kind"] in LANGUAGE and bool(model_signals(scorers)),
         max_bad_rows=_max_bad_rows(request),
         records=_records(request, found, scorers),
+        target=find_target(request.target, request.target_group, task, scorers),
     )
     config = _config(work, request.unit_rows)
     run = hashlib.sha256(canonical_json(config)).hexdigest()
@@ -229,7 +233,7 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
         "scorers_in_order": list(work.scorers),
         "keep": list(work.keep),
         "keep_checkpoints": work.keep_checkpoints,
-        "target": None,
+        "target": None if work.target is None else work.target.config(),
         "batches": vars(work.plan),
         "unit_rows": unit_rows,
     }
@@ -254,7 +258,7 @@ def _meta(work: Work, config: dict[str, Any]) -> dict[str, Any]:
             for c in work.checkpoints
         ],
         "scorers": {alias: dict(spec) for alias, spec in work.scorers.items()},
-        "target": None,
+        "target": None if work.target is None else work.target.describe(),
         "config": config,
         "curate": curate.__version__,
     }

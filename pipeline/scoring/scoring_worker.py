@@ -52,7 +52,7 @@ class ScoringWorker:
         self.folder = Folder(work.out)
         self.rows_done = 0
         torch.set_num_threads(work.threads)
-        self.signals = SignalPass(work)
+        self.signals = SignalPass(work, keeps=number is not None)
         self.probed: Batch | None = None
         if self.signals.wanted:
             self.probed = self._probe(number)

@@ -1,6 +1,6 @@
 """Signals of batches at every checkpoint: models resident, or one model whose weights are swapped.
 
-Shapes: K checkpoints (all seeds), B rows of a batch.
+Shapes: K checkpoints (all seeds), B rows of a batch, M groups of a target.
 """
 
 import gc
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from curate.pipeline.models.checkpoint import load_model, load_weights
+from curate.pipeline.scoring.target_gradients import TargetGradients
+from curate.pipeline.scoring.windows import said
 from curate.pipeline.scoring.work import Work, model_signals
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.engine import Engine, EngineError
@@ -29,7 +31,7 @@ RESIDENT_BYTES = 1 << 30
 CACHED_BYTES = 8 << 30
 
 Reading = dict[Signal, Tensor]
-"""Signal -> float64 [K, B] on the CPU."""
+"""Signal -> float64 [K, B] (or [K, B, M]) on the CPU."""
 
 
 class OutOfMemory(MemoryError):
@@ -44,9 +46,10 @@ class SignalPass:
     """Computes the union of what all scorers need, one forward per batch and checkpoint.
 
     Which checkpoints are resident decides the speed only: each batch meets the same weights.
+    `keeps`: gradients of a target that are made here are kept in the run's folder.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, keeps: bool = True) -> None:
         self.work = work
         self.device = torch.device(work.device)
         self.task = task_from_description(dict(work.task), work.corpus)
@@ -59,6 +62,9 @@ class SignalPass:
         self._may_recompute: bool | None = None
         if self.wanted:
             self._load()
+        self._target: TargetGradients | None = None
+        if work.target is not None:
+            self._target = TargetGradients(work, self.device, keeps)
 
     @property
     def is_resident(self) -> bool:
@@ -75,6 +81,9 @@ class SignalPass:
         self._probed, moved = batch, self._moved(batch)
         for engine in self.engines:
             engine.verify(moved)
+        if self._target is not None:  # all now, so that a target at fault stops no unit
+            for k in reversed(range(len(self.work.checkpoints))):
+                self._ready(k)
         # What the outputs lack is said now, before rows are blamed for it; one row always fits.
         self.engines[0](moved.select_rows([0]))
 
@@ -96,7 +105,7 @@ class SignalPass:
             b if isinstance(b, Exception) else [] for b in moved
         ]
         for k in range(len(self.work.checkpoints)):
-            engine = self._at(k)
+            engine = self._ready(k)
             for i, batch in enumerate(moved):
                 so_far = found[i]
                 if isinstance(so_far, Exception) or isinstance(batch, Exception):
@@ -197,6 +206,19 @@ class SignalPass:
             self._loaded = k
         return self.engines[0]
 
+    def _ready(self, k: int) -> Engine:
+        """Return the engine with checkpoint k's weights and what it compares rows with there."""
+        engine = self._at(k)
+        if self._target is not None:
+            found = _guarded(partial(self._target.at, k, engine))
+            if isinstance(found, (ValueError, OSError)):
+                raise found
+            if isinstance(found, Exception):
+                raise ValueError(f"the target's gradients cannot be taken: {said(found)}")
+            if engine.directions is not found:
+                engine.directions = found
+        return engine
+
     def _collect(
         self, found: list[list[dict[Signal, Tensor]] | Exception]
     ) -> list[Reading | Exception]:
@@ -206,16 +228,28 @@ class SignalPass:
             return [f for f in found if isinstance(f, Exception)]
         wanted = sorted(self.wanted)
         columns = [
-            torch.stack([torch.stack([at[signal].float() for signal in wanted]) for at in batch])
+            torch.stack([torch.cat([_rows_last(at[signal]) for signal in wanted]) for at in batch])
             for batch in good
-        ]  # [K, signals, B] each
+        ]  # [K, signals (M of some), B] each
+        shapes = [good[0][0][signal].shape[1:] for signal in wanted]
+        widths = [shape.numel() for shape in shapes]
         sizes = [c.shape[2] for c in columns]
         together = torch.cat(columns, 2).cpu().double()
         readings = iter(
-            {signal: part[:, i] for i, signal in enumerate(wanted)}
+            {
+                signal: values.mT if shape else values[:, 0]
+                for signal, shape, values in zip(
+                    wanted, shapes, torch.split(part, widths, dim=1), strict=True
+                )
+            }
             for part in torch.split(together, sizes, dim=2)
         )
         return [f if isinstance(f, Exception) else next(readings) for f in found]
+
+
+def _rows_last(value: Tensor) -> Tensor:
+    """Return a signal as float32 [1, B] or [M, B]."""
+    return value.float()[None] if value.dim() == 1 else value.float().T
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from curate.pipeline.models.checkpoint import Checkpoint
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan
 from curate.pipeline.scoring.score_table import score_schema
+from curate.pipeline.scoring.target import Target
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.protocol import RECORD_KINDS, Scorer, Signal
 from curate.scorers.registry import scorer_from_spec
@@ -22,7 +23,8 @@ class Work:
     """One scoring run. Two runs with equal work give equal parts.
 
     `checkpoints` are ordered by (seed, step); those of one seed form a run. `records` is the
-    `records.parquet` that training wrote, where a scorer asks for it.
+    `records.parquet` that training wrote, and `target` the rows to compare with, where a scorer
+    asks for them.
     """
 
     run: str
@@ -39,6 +41,7 @@ class Work:
     with_tokens: bool = False
     max_bad_rows: int = 10
     records: str | None = None
+    target: Target | None = None
     threads: int = 1
     device: str = "cpu"
 

@@ -1,0 +1,206 @@
+"""The mean gradients of a target's groups at each checkpoint: made once a run, then read.
+
+Shapes: K checkpoints, M groups.
+
+A worker that finds none in `target/` makes them and commits them; the first commit stays and all
+workers read it, so that they compare rows with the same bits.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int64
+from safetensors.torch import load, load_file, save
+from torch import Tensor
+
+from curate.pipeline.models.checkpoint import checkpoint_name
+from curate.pipeline.scoring.windows import encode_rows
+from curate.pipeline.scoring.work import Work
+from curate.pipeline.storing.storage import Folder
+from curate.pipeline.tasks.registry import task_from_description
+from curate.scorers.engine import Engine
+from curate.scorers.memory import is_out_of_memory
+from curate.scorers.protocol import Batch
+
+log = logging.getLogger("curate.score")
+
+FOLDER = "target"
+MOST_BYTES = 4 << 30
+"""What the groups' gradients at one checkpoint may take; those of all are kept on the device if
+they fit in it together."""
+
+Directions = dict[str, Tensor]
+"""Parameter -> [M, *its shape]."""
+
+
+class TargetGradients:
+    """Gives the mean gradients of the target's groups at a checkpoint, on the device.
+
+    `keeps`: what is made here is committed to the run's folder.
+    """
+
+    def __init__(self, work: Work, device: torch.device, keeps: bool) -> None:
+        assert work.target is not None, "made where there is a target"
+        self.work, self.target, self.device, self.keeps = work, work.target, device, keeps
+        self.folder = Folder(work.out)
+        self.task = task_from_description(dict(work.task), self.target.corpus)
+        self._held: dict[int, Directions] = {}
+        self._checked: set[str] = set()
+
+    def at(self, k: int, engine: Engine) -> Directions:
+        """Return them at checkpoint k, whose weights `engine` has.
+
+        Raises:
+            ValueError: the target cannot be used, or its gradients take too much memory.
+        """
+        if k not in self._held:
+            found = self._found(k, engine)
+            size = sum(v.numel() * v.element_size() for v in found.values())
+            if size * len(self.work.checkpoints) > MOST_BYTES:
+                self._held.clear()
+            self._held[k] = found
+        return self._held[k]
+
+    def _found(self, k: int, engine: Engine) -> Directions:
+        name = self._name(k)
+        if not self.folder.exists(name):
+            made = self._made(engine)
+            if not self.keeps:
+                return made
+            self.folder.create(name, self._bytes(made))
+        return self._read(name)
+
+    def _name(self, k: int) -> str:
+        c = self.work.checkpoints[k]
+        place = checkpoint_name(c.seed, step=c.step)
+        return f"{FOLDER}/{place}-{c.digest.rpartition(':')[2][:16]}.safetensors"
+
+    # -- making
+
+    def _made(self, engine: Engine) -> Directions:
+        sums: Directions = {}
+        for batch, group, names in self._batches():
+            moved = batch.to(self.device)
+            if not sums:
+                sums = self._zeros(engine, moved)
+            self._add(engine, moved, names, {name: v[group] for name, v in sums.items()})
+        for m, count in enumerate(self.target.counts):
+            for v in sums.values():
+                v[m] /= count
+        return sums
+
+    def _zeros(self, engine: Engine, batch: Batch) -> Directions:
+        params, groups = engine.target_params(batch), len(self.target.groups)
+        numbers = sum(p.numel() for p in params.values())
+        if groups * numbers * 4 > MOST_BYTES:
+            raise ValueError(
+                f"the target's gradients take {groups * numbers * 4 / 2**30:.1f} GiB ({groups} "
+                f"groups, {numbers:,} parameters), more than {MOST_BYTES >> 30} GiB: limit the "
+                f"parameters by grad_similarity(params=...), or the groups by --target-group"
+            )
+        return {
+            name: torch.zeros(groups, *p.shape, dtype=_sum_dtype(p), device=p.device)
+            for name, p in params.items()
+        }
+
+    def _batches(self) -> Iterator[tuple[Batch, int, list[str]]]:
+        """Yield batches of one group each, their group, and what to call their rows."""
+        plan = self.work.plan
+        for encoded, groups, names in self._windows():
+            row_bytes = encoded.nbytes / max(1, encoded.num_rows)
+            for group in np.unique(groups):
+                of_group = np.flatnonzero(groups == group)
+                costs = self.task.cost(encoded.take(pa.array(of_group)))
+                for some in plan.batches(costs, row_bytes):
+                    rows = of_group[some]
+                    batch = self.task.collate(encoded.take(pa.array(rows)))
+                    yield batch, int(group), [names[row] for row in rows]
+
+    def _windows(self) -> Iterator[tuple[pa.Table, Int64[np.ndarray, " n"], list[str]]]:
+        """Yield rows as the task encodes them, the group of each, and what to call each."""
+        corpus, column = self.target.corpus, self.target.column
+        columns = [*self.task.columns(corpus.schema).all, *([column] if column else [])]
+        columns = list(dict.fromkeys(columns))
+        for shard, path in enumerate(s.path for s in corpus.shards):
+            start = 0
+            for read in corpus.read(shard, columns=columns, batch_rows=self.work.plan.window_rows):
+                rows = pa.Table.from_batches([read])
+                names = [f"row {start + i} of {path}" for i in range(rows.num_rows)]
+                encoded, _, errors = encode_rows(self.task.encode, rows)
+                for row, reason in sorted(errors.items()):
+                    raise ValueError(f"{names[row]} in the target cannot be used: {reason}")
+                if encoded is not None:
+                    yield encoded, self.target.groups_of(rows), names
+                start += rows.num_rows
+
+    def _add(
+        self, engine: Engine, batch: Batch, names: Sequence[str], sums: Mapping[str, Tensor]
+    ) -> None:
+        """Add the rows' gradients, a few at a time where all do not fit in memory."""
+        try:
+            loss, grads = engine.summed_gradient(batch)
+        except Exception as error:
+            if batch.rows == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            self._check(loss, names)
+            for name, grad in grads.items():
+                sums[name].add_(grad)
+            return
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = batch.rows // 2
+        for rows in (range(middle), range(middle, batch.rows)):
+            self._add(engine, batch.select_rows(rows), [names[r] for r in rows], sums)
+
+    def _check(self, loss: Float[Tensor, " b"], names: Sequence[str]) -> None:
+        for row in (~torch.isfinite(loss)).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"{names[row]} in the target cannot be used: its loss is {loss[row].item()}"
+            )
+
+    # -- keeping
+
+    def _bytes(self, made: Directions) -> bytes:
+        tensors = {name: v.cpu() for name, v in made.items()}
+        said = {"run": self.work.run, "groups": self.target.groups, "digest": _digest(tensors)}
+        # One entry: the order of several would not be the same in every process.
+        return save(tensors, {"curate.target": json.dumps(said, sort_keys=True)})
+
+    def _read(self, name: str) -> Directions:
+        path = self.folder.local_path(name)
+        found = load(self.folder.read(name)) if path is None else load_file(path)
+        if name not in self._checked:
+            self._refuse_damage(name, found)
+            self._checked.add(name)
+        return {name: v.to(self.device) for name, v in found.items()}
+
+    def _refuse_damage(self, name: str, found: Directions) -> None:
+        with self.folder.open(name) as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        said = json.loads(header.get("__metadata__", {}).get("curate.target", "{}"))
+        if said.get("run") != self.work.run or said.get("digest") != _digest(found):
+            raise ValueError(
+                f"{self.folder.full_name(name)} is damaged: delete it and run the same command"
+            )
+
+
+def _sum_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
