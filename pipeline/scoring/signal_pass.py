@@ -5,7 +5,8 @@ Shapes: K checkpoints (all seeds), B rows of a batch, M groups of a target.
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,8 +21,9 @@ from curate.pipeline.scoring.windows import said
 from curate.pipeline.scoring.work import Work, model_signals
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.engine import Engine, EngineError
+from curate.scorers.logit_spread import LogitSpread, of_one_checkpoint
 from curate.scorers.memory import is_out_of_memory
-from curate.scorers.protocol import Batch, Signal
+from curate.scorers.protocol import SPREAD_KINDS, Batch, Signal
 
 T = TypeVar("T")
 log = logging.getLogger("curate.score")
@@ -31,7 +33,7 @@ RESIDENT_BYTES = 1 << 30
 CACHED_BYTES = 8 << 30
 
 Reading = dict[Signal, Tensor]
-"""Signal -> float64 [K, B] (or [K, B, M]) on the CPU."""
+"""Signal -> float64 [K, B] on the CPU; of a whole run, at the run's last checkpoint."""
 
 
 class OutOfMemory(MemoryError):
@@ -60,6 +62,9 @@ class SignalPass:
         self._states: list[dict[str, Tensor]] = []
         self._probed: Batch | None = None
         self._may_recompute: bool | None = None
+        self._spreads = sorted(s for s in self.wanted if s.kind in SPREAD_KINDS)
+        self._last = {indices[-1] for indices in work.runs.values()}
+        self._kept_per_entry = math.inf if self._spreads else 0.0
         if self.wanted:
             self._load()
         self._target: TargetGradients | None = None
@@ -85,7 +90,8 @@ class SignalPass:
             for k in reversed(range(len(self.work.checkpoints))):
                 self._ready(k)
         # What the outputs lack is said now, before rows are blamed for it; one row always fits.
-        self.engines[0](moved.select_rows([0]))
+        one = moved.select_rows([0])
+        self._learn_size(one, self.engines[0](one))
 
     def __call__(
         self, batches: Sequence[Batch], begin: Callable[[int], None]
@@ -104,6 +110,7 @@ class SignalPass:
         found: list[list[dict[Signal, Tensor]] | Exception] = [
             b if isinstance(b, Exception) else [] for b in moved
         ]
+        spreads = [LogitSpread(self._spreads) for _ in batches]
         for k in range(len(self.work.checkpoints)):
             engine = self._ready(k)
             for i, batch in enumerate(moved):
@@ -112,8 +119,12 @@ class SignalPass:
                     continue
                 begin(i)
                 reading = self._reading(engine, batch)
+                if not isinstance(reading, Exception):
+                    self._learn_size(batch, reading)
+                    reading = _guarded(partial(spreads[i].take, reading, k in self._last))
                 if isinstance(reading, Exception):
                     found[i] = reading
+                    spreads[i].clear()
                 else:
                     so_far.append(reading)
         collected = _guarded(partial(self._collect, found))
@@ -144,6 +155,19 @@ class SignalPass:
             weights=None if batch.weights is None else sent(batch.weights),
         )
 
+    def state_bytes(self, batch: Batch) -> float:
+        """Return what is kept of a batch from one checkpoint to the next, on the device.
+
+        Known from the first batch that was run; infinite before.
+        """
+        return self._kept_per_entry * _entries(batch)
+
+    def _learn_size(self, batch: Batch, reading: Mapping[Signal, Tensor]) -> None:
+        if self._spreads:
+            size = LogitSpread.size(reading) / max(1, _entries(batch))
+            known = 0.0 if math.isinf(self._kept_per_entry) else self._kept_per_entry
+            self._kept_per_entry = max(known, size)
+
     def _reading(self, engine: Engine, batch: Batch) -> dict[Signal, Tensor] | Exception:
         found = _guarded(partial(engine, batch))
         if not isinstance(found, OutOfMemory) or batch.rows > 1 or not engine.differentiates:
@@ -167,7 +191,9 @@ class SignalPass:
             log.warning("activations are not made twice: %s", twice)
             return False
         # The same to the bit on a CPU; a GPU may add in another order, in half precision too.
-        same = [torch.allclose(twice[s], once[s], rtol=1e-2, equal_nan=True) for s in once]
+        same = [
+            torch.allclose(_size(twice[s]), _size(once[s]), rtol=1e-2, equal_nan=True) for s in once
+        ]
         if not all(same):
             log.warning("activations are not made twice: the model gives other signals then")
         return all(same)
@@ -181,7 +207,8 @@ class SignalPass:
             models += [self._model(checkpoint) for checkpoint in rest]
         elif size * len(self.work.checkpoints) <= CACHED_BYTES:
             self._states = [self._weights(checkpoint) for checkpoint in self.work.checkpoints]
-        self.engines = [Engine(m, self.task.outputs, self.wanted, probe=False) for m in models]
+        wanted = of_one_checkpoint(self.wanted)
+        self.engines = [Engine(m, self.task.outputs, wanted, probe=False) for m in models]
         self._loaded = 0
 
     def _model(self, checkpoint: object) -> nn.Module:
@@ -250,6 +277,15 @@ class SignalPass:
 def _rows_last(value: Tensor) -> Tensor:
     """Return a signal as float32 [1, B] or [M, B]."""
     return value.float()[None] if value.dim() == 1 else value.float().T
+
+
+def _entries(batch: Batch) -> int:
+    """Return the entries of what goes into the model first."""
+    return next(iter(batch.inputs.values())).numel()
+
+
+def _size(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 else torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from curate.pipeline.scoring.batch_plan import BatchPlan
 from curate.pipeline.scoring.score_table import score_schema
 from curate.pipeline.scoring.target import Target
 from curate.pipeline.tasks.registry import task_from_description
-from curate.scorers.protocol import RECORD_KINDS, Scorer, Signal
+from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, Scorer, Signal
 from curate.scorers.registry import scorer_from_spec
 
 
@@ -98,6 +98,11 @@ def record_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
 
 def has_checkpoints(scorer: Scorer) -> bool:
     """Tell whether the scorer has a value at each checkpoint, rather than one per run."""
+    return not any(s.kind in RECORD_KINDS | SPREAD_KINDS for s in scorer.needs)
+
+
+def reads_model(scorer: Scorer) -> bool:
+    """Tell whether the scorer's value comes from passes over the model alone."""
     return not any(s.kind in RECORD_KINDS for s in scorer.needs)
 
 
