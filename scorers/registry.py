@@ -20,6 +20,7 @@ SCORERS = {
     "el2n_seq": "curate.scorers.el2n_seq:EL2NSeq",
     "entropy": "curate.scorers.entropy:Entropy",
     "forgetting": "curate.scorers.forgetting:Forgetting",
+    "grad_similarity": "curate.scorers.grad_similarity:GradSimilarity",
     "grand": "curate.scorers.grand:GraNd",
     "gwa": "curate.scorers.gwa:GWA",
     "loss": "curate.scorers.loss:Loss",

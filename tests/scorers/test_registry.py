@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.scorers.grand import GraNd
-from curate.scorers.protocol import Direction, Scorer, Signal
+from curate.scorers.protocol import TARGET_KINDS, Direction, Scorer, Signal
 from curate.scorers.registry import (
     SCORERS,
     make_scorers,
@@ -78,6 +78,16 @@ class Twice:
         return self.factor * signals[Signal("loss")].sum(0)
 
 
+def drawn(scorer: Scorer, checkpoints: int, rows: int) -> dict[Signal, torch.Tensor]:
+    """Return signals in [0, 1], of two groups where rows are compared with a target."""
+    return {
+        s: torch.rand(
+            checkpoints, rows, *([2] if s.kind in TARGET_KINDS else []), dtype=torch.double
+        )
+        for s in scorer.needs
+    }
+
+
 @pytest.mark.parametrize("name", sorted(SCORERS))
 class TestEveryScorer:
     """The contract that the registry's table promises of each of its scorers."""
@@ -95,7 +105,7 @@ class TestEveryScorer:
     def test_rows_are_scored_apart_and_in_order(self, name: str) -> None:
         scorer, rows = self.make(name), 7
         torch.manual_seed(0)
-        signals = {s: torch.rand(3, rows, dtype=torch.float64) for s in scorer.needs}
+        signals = drawn(scorer, 3, rows)
         weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
         scores = scorer.reduce(signals, weights)
         assert scores.shape == (rows,) and scores.dtype == torch.float64
@@ -105,8 +115,8 @@ class TestEveryScorer:
 
     def test_one_checkpoint_repeated_scores_like_one(self, name: str) -> None:
         scorer = self.make(name)
-        one = {s: torch.rand(1, 5, dtype=torch.float64) for s in scorer.needs}
-        three = {s: v.expand(3, 5) for s, v in one.items()}
+        one = drawn(scorer, 1, 5)
+        three = {s: v.expand(3, *v.shape[1:]) for s, v in one.items()}
         third = torch.full((3,), 1 / 3, dtype=torch.float64)
         torch.testing.assert_close(
             scorer.reduce(three, third), scorer.reduce(one, torch.ones(1, dtype=torch.float64))
