@@ -26,6 +26,7 @@ SCORERS = {
     "loss": "curate.scorers.loss:Loss",
     "margin": "curate.scorers.margin:Margin",
     "self_influence": "curate.scorers.self_influence:SelfInfluence",
+    "vog": "curate.scorers.vog:VoG",
 }
 
 _REQUEST = re.compile(
