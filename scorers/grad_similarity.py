@@ -93,7 +93,7 @@ def _cosine(
     dot: Float[Tensor, "k b m"], square: Float[Tensor, "k b 1"], norm: Float[Tensor, "k b m"]
 ) -> Float[Tensor, "k b m"]:
     # Squares come in float32: below its normal range they have no digits left, and count as none.
-    tiny = torch.finfo(torch.float32).tiny
-    is_known = (square >= tiny) & (norm > 0)
-    cosine = (dot / (square.sqrt() * norm).masked_fill(~is_known, 1)).clamp(-1, 1)
-    return cosine.masked_fill(~is_known & ~square.isnan() & ~norm.isnan(), 0)
+    is_none = (square < torch.finfo(torch.float32).tiny) | (norm == 0)
+    length = (square.sqrt() * norm).masked_fill(is_none, 1)
+    cosine = (dot / length).clamp(-1, 1).masked_fill(is_none, 0)
+    return cosine.masked_fill(length.isinf(), torch.nan)  # beyond float32: no 0, but unknown
