@@ -9,7 +9,7 @@ from curate.pipeline.manifests.manifest import NAME as MANIFEST
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.scoring.attempts import read_attempts
 from curate.pipeline.scoring.score_table import META as SCORES
-from curate.pipeline.scoring.score_table import SUCCESS, UNITS, part_name, read_receipt
+from curate.pipeline.scoring.score_table import RAW, SUCCESS, UNITS, part_name, read_receipt
 from curate.pipeline.storing.lock import BEAT_S, LOCK, MISSED_BEATS
 from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
@@ -53,9 +53,11 @@ def scores_status(folder: Folder) -> dict[str, Any]:
     rows: Counter[int] = Counter()
     for unit, count in zip(plan["unit"].to_pylist(), plan["rows"].to_pylist(), strict=True):
         rows[unit] += count
-    there = set(folder.names("part-"))
+    raw = folder.child(RAW)  # while it is made, a table with standardised scores lies there
+    parts = raw if raw.names("part-") and not line["finished"] else folder
+    there = set(parts.names("part-"))
     done = [unit for unit in rows if part_name(unit) in there]
-    receipts = [read_receipt(folder, unit) for unit in done]
+    receipts = [read_receipt(parts, unit) for unit in done]
     tries = [record for records in read_attempts(folder).values() for record in records]
     died = sum(record.state in ("died", "gone") for record in tries)
     return {

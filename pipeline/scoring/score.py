@@ -17,6 +17,7 @@ from curate.pipeline.scoring.score_table import META, SUCCESS, UNITS, ScoreTable
 from curate.pipeline.scoring.score_unit import score_unit
 from curate.pipeline.scoring.scoring_worker import ScoringWorker
 from curate.pipeline.scoring.sizing import Sizing, first_checkpoint_only, parameter_count, size_up
+from curate.pipeline.scoring.standardise import forget_raw, standardise
 from curate.pipeline.scoring.step_zero import input_norm_correlations, warn_of_step_zero
 from curate.pipeline.scoring.units import Unit, plan_units, read_units, rows_per_unit, write_units
 from curate.pipeline.scoring.work import Work
@@ -257,7 +258,7 @@ def _run(
     folder.create(META, canonical_json(setup.meta))
     is_step_zero = warn_of_step_zero(work)
     sizing, worker = Sizing(0.0, 0.0), None
-    if not folder.exists(UNITS) or not _is_done(folder):
+    if not folder.exists(UNITS) or not _is_done(work, folder):
         sizing, worker = _check_model(work, lock, engine)
     if not folder.exists(UNITS):
         write_units(folder, _plan_units(work, sizing, unit_rows))
@@ -278,8 +279,12 @@ def _run(
     if is_step_zero:
         notes["input_norm_correlation"] = input_norm_correlations(work, units)
     lock.check()
+    if work.standardised:
+        notes["standardised"] = standardise(work, units)
+        lock.check()
     success = finish(folder, work, units, notes)
     forget_attempts(folder)
+    forget_raw(folder)
     _say_end(success, folder)
 
 
@@ -296,9 +301,9 @@ def _check_model(work: Work, lock: RunLock, engine: _Engine) -> tuple[Sizing, Sc
     return sizing, worker if len(work.checkpoints) == 1 else None
 
 
-def _is_done(folder: Folder) -> bool:
+def _is_done(work: Work, folder: Folder) -> bool:
     """Tell whether every unit has its part: then no model need be loaded."""
-    return len(folder.names("part-")) == len(read_units(folder))
+    return len(Folder(work.parts).names("part-")) == len(read_units(folder))
 
 
 def _plan_units(work: Work, sizing: Sizing, unit_rows: int | None) -> list[Unit]:
@@ -329,7 +334,7 @@ def _dry_run(
     sizing = size_up(work, worker.signals, worker.probed, engine.device_kind())
     has_units = has_run and folder.exists(UNITS)
     units = read_units(folder) if has_units else _plan_units(work, sizing, unit_rows)
-    parts = set(folder.names("part-")) if has_run else set()
+    parts = set(Folder(work.parts).names("part-")) if has_run else set()
     done = sum(u.rows for u in units if part_name(u.number) in parts)
     sample = _sample(work, units[0])
     score_unit(worker.work, sample, worker.signals)  # the first batches are slow

@@ -18,6 +18,7 @@ from curate.pipeline.scoring.score_table import (
     ERRORS,
     FORMAT,
     META,
+    RAW,
     ROW_GROUP,
     SUCCESS,
     UNITS,
@@ -38,7 +39,7 @@ from curate.pipeline.storing.storage import Folder, canonical_json
 log = logging.getLogger("curate.score")
 
 OURS = frozenset({META, SUCCESS, UNITS, ERRORS, LOCK})
-OUR_FOLDERS = frozenset({ATTEMPTS, TMP, "store", "target"})
+OUR_FOLDERS = frozenset({ATTEMPTS, TMP, RAW, "store", "target"})
 
 
 def refuse_foreign(folder: Folder) -> None:

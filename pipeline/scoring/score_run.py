@@ -33,10 +33,10 @@ class ScoringRun:
 
     def __init__(self, work: Work, units: Sequence[Unit], lock: RunLock) -> None:
         self.work, self.lock = work, lock
-        self.folder = Folder(work.out)
+        self.folder, self.parts = Folder(work.out), Folder(work.parts)
         self.session = uuid.uuid4().hex
         self.units = {unit.number: unit for unit in units}
-        receipts = committed(self.folder, units)
+        receipts = committed(self.parts, units)
         self.done = set(receipts)
         self.bad_rows = sum(r["bad_rows"] for r in receipts.values())
         self.rows_done = sum(r["rows"] for r in receipts.values())
@@ -70,7 +70,7 @@ class ScoringRun:
             return False
         paths = [shard.path for shard in self.work.corpus.shards]
         log.error("%s is quarantined: %s", unit.describe(paths), reason)
-        quarantine(self.folder, self.work, unit, reason)
+        quarantine(self.parts, self.work, unit, reason)
         self.done.add(unit.number)
         return True
 
@@ -91,7 +91,7 @@ class ScoringRun:
         if self.bad_rows > self.work.max_bad_rows:
             raise RunError(
                 f"{self.bad_rows} rows cannot be scored, more than {self.work.max_bad_rows}: see "
-                f"the error column of the parts in {self.folder.uri}, mend the data or allow more "
+                f"the error column of the parts in {self.parts.uri}, mend the data or allow more "
                 f"with --max-bad-rows"
             )
 

@@ -102,6 +102,7 @@ def set_up(request: Request) -> Setup:
     run = hashlib.sha256(canonical_json(config)).hexdigest()
     work = replace(work, run=run)
     assert work.schema is not None  # refuses names that collide
+    _check_standardised(work)
     _say_weights(work)
     _say_spread(work)
     return Setup(work, _meta(work, config))
@@ -270,6 +271,23 @@ def _meta(work: Work, config: dict[str, Any]) -> dict[str, Any]:
 def _file_sha256(path: str) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_standardised(work: Work) -> None:
+    """Raise ValueError when the labels that scores are standardised by are not in the table."""
+    for alias, how in work.standardised.items():
+        if how != "class":
+            continue
+        if work.label is None or work.label not in work.corpus.schema.names:
+            raise ValueError(
+                f"{alias} asks for normalise=class, but the task {work.task['kind']} has no "
+                "classes: use normalise=dataset or raw"
+            )
+        if work.label not in work.keep:
+            raise ValueError(
+                f"{alias} asks for normalise=class, so the score table must hold the label: "
+                f"name {work.label} in --keep"
+            )
 
 
 def _say_weights(work: Work) -> None:

@@ -21,6 +21,8 @@ from curate.pipeline.storing.storage import Folder
 
 FORMAT, VERSION = "curate.scores", 1
 META, SUCCESS, UNITS, ERRORS = "_meta.json", "_SUCCESS.json", "units.parquet", "errors.parquet"
+RAW = "raw"
+"""Folder of the units' parts while a table is made whose scores are standardised at the end."""
 ROW_GROUP = 65_536
 RECEIPT_KEY = b"curate.receipt"
 RESERVED = frozenset({"shard", "row", "id", "tokens", "error", "unit", "weight", "rank"})

@@ -49,7 +49,7 @@ class ScoringWorker:
 
     def __init__(self, work: Work, session: str, number: int | None) -> None:
         self.work, self.session = work, session
-        self.folder = Folder(work.out)
+        self.folder, self.parts = Folder(work.out), Folder(work.parts)
         self.rows_done = 0
         torch.set_num_threads(work.threads)
         self.signals = SignalPass(work, keeps=number is not None)
@@ -68,13 +68,13 @@ class ScoringWorker:
             self.rows_done += rows
             if progress is not None:
                 progress(rows)
-            if self.folder.exists(part_name(unit.number)):
+            if self.parts.exists(part_name(unit.number)):
                 raise Superseded
 
         ledger = UnitLedger(self.work, unit, number, self.session)
         try:
             table, receipt = score_unit(self.work, unit, self.signals, ledger, note)
-            is_first = write_part(self.folder, unit.number, table, receipt)
+            is_first = write_part(self.parts, unit.number, table, receipt)
         except Superseded:
             ledger.attempt.end("late")
             return _told(unit, 0, [], is_first=False)

@@ -65,7 +65,7 @@ def input_norm_correlations(work: Work, units: list[Unit]) -> dict[str, float | 
             log.warning("rank correlation with the input norm: not defined for token inputs")
             return dict.fromkeys(aliases)
         norms.append(found)
-        with open_parquet(Folder(work.out), part_name(unit.number)) as file:
+        with open_parquet(Folder(work.parts), part_name(unit.number)) as file:
             tables.append(file.read(aliases, use_threads=False))
         if sum(map(len, norms)) >= ROWS:
             break

@@ -11,8 +11,9 @@ import pyarrow as pa
 from curate.pipeline.models.checkpoint import Checkpoint
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan
-from curate.pipeline.scoring.score_table import score_schema
+from curate.pipeline.scoring.score_table import RAW, score_schema
 from curate.pipeline.scoring.target import Target
+from curate.pipeline.storing.storage import join
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, Scorer, Signal
 from curate.scorers.registry import scorer_from_spec
@@ -57,6 +58,22 @@ class Work:
         for index, checkpoint in enumerate(self.checkpoints):
             runs.setdefault(checkpoint.seed, []).append(index)
         return runs
+
+    @cached_property
+    def standardised(self) -> dict[str, str]:
+        """How the scores of an alias are standardised over the whole table, where they are."""
+        asked = {alias: getattr(scorer, "normalise", "raw") for alias, scorer in self.made.items()}
+        return {alias: how for alias, how in asked.items() if how != "raw"}
+
+    @cached_property
+    def label(self) -> str | None:
+        """The corpus column that holds the class."""
+        return task_from_description(dict(self.task), self.corpus).columns(self.corpus.schema).label
+
+    @property
+    def parts(self) -> str:
+        """Where units are committed: the table itself, unless a last step makes it of them."""
+        return join(self.out, RAW) if self.standardised else self.out
 
     @cached_property
     def columns(self) -> list[str]:
