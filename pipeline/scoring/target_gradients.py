@@ -119,8 +119,18 @@ class TargetGradients:
                 costs = self.task.cost(encoded.take(pa.array(of_group)))
                 for some in plan.batches(costs, row_bytes):
                     rows = of_group[some]
-                    batch = self.task.collate(encoded.take(pa.array(rows)))
-                    yield batch, int(group), [names[row] for row in rows]
+                    yield self._collated(encoded, rows, names), int(group), [names[r] for r in rows]
+
+    def _collated(self, encoded: pa.Table, rows: np.ndarray, names: Sequence[str]) -> Batch:
+        try:
+            return self.task.collate(encoded.take(pa.array(rows)))
+        except ValueError as error:
+            if len(rows) == 1:
+                name = names[rows[0]]
+                raise ValueError(f"{name} in the target cannot be used: {error}") from None
+            for row in rows:  # the first at fault says so
+                self._collated(encoded, row[None], names)
+            raise
 
     def _windows(self) -> Iterator[tuple[pa.Table, Int64[np.ndarray, " n"], list[str]]]:
         """Yield rows as the task encodes them, the group of each, and what to call each."""
