@@ -139,8 +139,8 @@ class Engine:
     def __call__(self, batch: Any) -> dict[Signal, Float[Tensor, "b ..."]]:
         """Return every wanted signal [B], float32 (float64 for a float64 model), on its device.
 
-        Those that compare a row with a target are [B, M], the logit's gradient is [B, N] in the
-        model's own dtype.
+        Those that compare a row with a target are [B, M], the logit's gradient is [B, N], of
+        tokens in the model's own dtype.
         """
         core = self._core
         core.ready(batch)

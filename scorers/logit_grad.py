@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curate.kernels.summation import accumulable
 from curate.scorers.parts import Layout
 from curate.scorers.protocol import IGNORE, Batch, Outputs
 from curate.scorers.row_map import RowMap
@@ -97,7 +98,7 @@ def _by_row(
         g = layout.rows_first(g)
         g = g.reshape(len(g), -1, g.shape[-1])
     elif g.dim() == 4:
-        g = g.mean(1)
+        g = accumulable(g).mean(1)
     own = g.new_ones(g.shape[:2], dtype=torch.bool)
     if g.dim() == 3 and (found := _own_tokens(outputs, batch)) is not None:
         if layout is not None and found.shape[1] < g.shape[1]:

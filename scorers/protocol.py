@@ -126,6 +126,7 @@ class Scorer(Protocol):
 
     A scorer is a frozen dataclass whose fields are its hyper-parameters. The engine averages the
     result over seeds (mean, and standard deviation with ddof 1), so `reduce` sees one run only.
+    A field `normalise` that is `class` or `dataset` has the finished column standardised.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

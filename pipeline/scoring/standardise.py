@@ -136,6 +136,8 @@ class _Groups:
             return np.zeros(rows.num_rows, np.int64)
         column = rows.column(self.work.label)
         chunk = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if pa.types.is_dictionary(chunk.type):
+            chunk = chunk.dictionary_decode()
         coded = pc.dictionary_encode(chunk, null_encoding="encode")
         places = [
             self.places.setdefault(label, len(self.places))

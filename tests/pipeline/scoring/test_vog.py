@@ -311,7 +311,10 @@ def test_a_row_that_raises_alone_leaves_the_others_as_they_were(
 def test_all_scorers_together_cost_one_pass(
     kind: str, make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Per batch and checkpoint one forward, one backward of the loss and one of the logit."""
+    """Per batch and checkpoint one forward, one backward of the loss and one of the logit.
+
+    The target's own gradients, taken once per run, are not among them.
+    """
     job = make_job(kind)
     counts: dict[str, int] = {"batches": 0, "forward": 0, "backward": 0}
     call, backward, is_counting = Engine.__call__, torch.autograd.grad, [False]
@@ -336,7 +339,8 @@ def test_all_scorers_together_cost_one_pass(
 
     monkeypatch.setattr(Engine, "__call__", counted)
     monkeypatch.setattr(torch.autograd, "grad", asked)
-    run(job, tmp_path / "s", "el2n,grand,self_influence,vog,v=vog(variant=var)", batch_rows=8)
+    scorers = "el2n,grand,self_influence,vog,v=vog(variant=var),grad_similarity"
+    run(job, tmp_path / "s", scorers, batch_rows=8, target=job[0])
     # Three batches of 23 rows at each of three checkpoints; before them one row, to see whether
     # the outputs hold what is asked for: at the first checkpoint, then again by the worker.
     assert counts["batches"] == counts["forward"]
