@@ -20,6 +20,8 @@ from curate.pipeline.scoring.score_table import (
     part_name,
     read_receipt,
 )
+from curate.pipeline.scoring.target_gradients import FOLDER as TARGET_FOLDER
+from curate.pipeline.scoring.target_gradients import read_gradients
 from curate.pipeline.storing.parquet import open_parquet
 
 log = logging.getLogger("curate.verify")
@@ -101,6 +103,10 @@ def _verify_scores(table: ScoreTable, findings: Findings) -> None:
     if len(sums) == table.success["units"]:
         findings.check(f"{table.path} digest over the parts", _parts, table, sums)
     _verify_corpus_of(table.corpus, recorded, findings)
+    if table.meta["target"] is not None:
+        _verify_corpus_of(table.meta["target"], {}, findings)
+        for name in table.folder.names(f"{TARGET_FOLDER}/"):
+            findings.check(f"{table.path}/{name}", _target_gradients, table, name)
     for entry in table.meta["checkpoints"]:
         findings.check(f"checkpoint {entry['path']}", _checkpoint, entry)
 
@@ -124,6 +130,10 @@ def _parts(table: ScoreTable, sums: dict[str, str]) -> str | None:
     if digest_of_parts(sums) == table.success["digest"]:
         return None
     return f"the parts of {table.path} do not give the digest in {SUCCESS}"
+
+
+def _target_gradients(table: ScoreTable, name: str) -> None:
+    read_gradients(table.folder, name, table.meta["run"])
 
 
 def _checkpoint(entry: dict[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.tasks.registry import task_from_description
 from curate.pipeline.tasks.task import Task
-from curate.scorers.protocol import Batch
+from curate.scorers.protocol import TARGET_KINDS, Batch
 
 log = logging.getLogger("curate.score")
 
@@ -25,12 +25,9 @@ BATCH = 256
 
 
 def gradient_scorers(work: Work) -> list[str]:
-    """Return the scorers that look at gradient norms."""
-    return [
-        alias
-        for alias, scorer in work.made.items()
-        if any(s.kind == "grad_sq_norm" for s in scorer.needs)
-    ]
+    """Return the scorers that are made of gradient norms; what compares directions is not."""
+    kinds = {alias: {s.kind for s in scorer.needs} for alias, scorer in work.made.items()}
+    return [a for a, of in kinds.items() if "grad_sq_norm" in of and not of & TARGET_KINDS]
 
 
 def warn_of_step_zero(work: Work) -> bool:

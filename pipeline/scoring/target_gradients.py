@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
@@ -185,22 +186,29 @@ class TargetGradients:
         return save(tensors, {"curate.target": json.dumps(said, sort_keys=True)})
 
     def _read(self, name: str) -> Directions:
-        path = self.folder.local_path(name)
-        found = load(self.folder.read(name)) if path is None else load_file(path)
-        if name not in self._checked:
-            self._refuse_damage(name, found)
-            self._checked.add(name)
+        found = read_gradients(self.folder, name, None if name in self._checked else self.work.run)
+        self._checked.add(name)
         return {name: v.to(self.device) for name, v in found.items()}
 
-    def _refuse_damage(self, name: str, found: Directions) -> None:
-        with self.folder.open(name) as file:
+
+def read_gradients(folder: Folder, name: str, run: str | None) -> Directions:
+    """Return the gradients that a run of this id kept; None: they were checked before.
+
+    Raises:
+        ValueError: the file is of another run, or damaged.
+    """
+    path = folder.local_path(name)
+    try:
+        found = load(folder.read(name)) if path is None else load_file(path)
+        with folder.open(name) as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        said = json.loads(header.get("__metadata__", {}).get("curate.target", "{}"))
-        if said.get("run") != self.work.run or said.get("digest") != _digest(found):
-            raise ValueError(
-                f"{self.folder.full_name(name)} is damaged: delete it and run the same command"
-            )
+            header = json.loads(file.read(size)) if run is not None else {}
+    except (SafetensorError, json.JSONDecodeError):
+        found, header = {}, {}
+    said = json.loads(header.get("__metadata__", {}).get("curate.target", "{}"))
+    if not found or (run is not None and said != {**said, "run": run, "digest": _digest(found)}):
+        raise ValueError(f"{folder.full_name(name)} is damaged: delete it and run the same command")
+    return found
 
 
 def _sum_dtype(p: Tensor) -> torch.dtype:

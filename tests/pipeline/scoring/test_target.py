@@ -28,6 +28,7 @@ from curate.pipeline.models.checkpoint import (
 )
 from curate.pipeline.models.models import make_model, model_args
 from curate.pipeline.reading.corpus import open_corpus
+from curate.pipeline.reporting.verify import verify
 from curate.pipeline.scoring import signal_pass
 from curate.pipeline.scoring.score import score
 from curate.pipeline.scoring.score_table import ScoreTable
@@ -435,11 +436,20 @@ def test_damaged_gradients_are_named(settings: dict[str, Any], tmp_path: Path) -
     path = sorted((tmp_path / "s" / "target").iterdir())[2]
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it and run the same"):
-        score(**settings, out=tmp_path / "s")
+    for wrong in (bytes(data), bytes(data[:100]), b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it and run the same"):
+            score(**settings, out=tmp_path / "s")
     path.unlink()
     assert score(**settings, out=tmp_path / "s").success
+    assert verify(tmp_path / "s")["problems"] == []
+    path.write_bytes(bytes(data))
+    (problem,) = verify(tmp_path / "s")["problems"]
+    assert f"{path.name} is damaged" in problem
+    shard = Path(settings["target"]) / "s1.parquet"
+    pq.write_table(pq.read_table(shard).slice(0, 5), shard)
+    _, other = sorted(verify(tmp_path / "s")["problems"], key=lambda p: "target/seed" not in p)
+    assert "s1.parquet changed" in other
 
 
 @pytest.mark.parametrize(
