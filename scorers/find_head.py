@@ -16,6 +16,8 @@ def find_head(recording: Recording, names: Mapping[int, str]) -> HeadPlan | None
         own = tuple(names[id(p)] for p in outputs.head.parameters() if id(p) in names)
         kinds = "linear", "linear_head"
         uses = [k for k in recording.uses if own and k[0] in kinds and own[0] in k[1]]
+        # The same matrix may be multiplied by elsewhere; together with the loss it is the head.
+        uses = [k for k in uses if k[0] == "linear_head"] or uses
         key = uses[0] if len(uses) == 1 else None
         fused = key is not None and key[0] == "linear_head"
         return HeadPlan(key, own, starts_at_token_0=fused) if own else None

@@ -93,6 +93,12 @@ class HeadPart:
             self.hidden, self.weight, self.bias, self.targets, lse, error_target, self.seeds
         )
 
+    def keeps(self, index: Int[Tensor, "b u"]) -> bool:
+        """Return whether the columns that were kept are those of all look-ups: there may have
+        been more after the head was called."""
+        columns = self.sums.columns
+        return columns is not None and columns.shape[2] == index.shape[1]
+
     def cross(self, right: Float[Tensor, "b u d"]) -> Float[Tensor, " b"]:
         """Return <G, sum_u unit(index_u) right_u^T>, the cross term with the same matrix used as a
         table, for the look-ups whose columns of the error were kept."""

@@ -59,7 +59,8 @@ class HeadCall:
         gathered, statistics = active_gathering(), self.sums.statistics
         if gathered is not None and statistics is not None:
             gathered.head = TokenStatistics(*(self._as_given(x) for x in statistics))
-        return self._as_given(loss)
+        # A row without targets may have an infinite seed (1 / 0): no gradient, as of its logits.
+        return self._as_given(loss).masked_fill(self.targets == IGNORE, 0.0)
 
     def _as_given(self, x: Tensor) -> Tensor:
         """Return one number per token in the shape of the targets."""
@@ -77,6 +78,7 @@ class HeadCall:
             sums = sums._replace(lse=lse, error_target=error_target, error_sq=error_sq)
         hidden = layout.rows_first(self.saved.get())
         hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])
+        g = g.masked_fill(self.targets == IGNORE, 0.0)
         targets, seeds = self._by_rows(self.targets, layout, IGNORE), self._by_rows(g, layout)
         hidden = self._row_map.end_to_end(hidden, 1)
         return HeadPart(hidden, self.weight, self.bias, targets, sums, seeds)

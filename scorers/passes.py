@@ -113,6 +113,11 @@ class Passes:
             harvest = self.run(batch, replace(needs, logit_grad=False))
             harvest.logit_grad = self.run(batch, Needs(logit_grad=True)).logit_grad
             return harvest
+        if needs.logit_norm and not self.plan.sees_head and needs != Needs(logit_norm=True):
+            # Its pass goes by way of all parameters, past the taps of the others.
+            harvest = self.run(batch, replace(needs, logit_norm=False))
+            harvest.logit_norm = self.run(batch, Needs(logit_norm=True)).logit_norm
+            return harvest
         while True:
             try:
                 return _Pass(self, batch, needs).run()
@@ -163,8 +168,7 @@ class _Pass:
     def run(self) -> Harvest:
         unused = self.plan.names("unused", self.needs.params)
         # With no head to start from, the gradient at the logits is had by way of all parameters.
-        head = self.plan.head
-        everything = self.needs.logit_norm and (head is None or head.key is None)
+        everything = self.needs.logit_norm and not self.plan.sees_head
         free = self.params.keys() if everything else unused
         with prepared(self.model, free):
             if not self.needs.differentiates and not self.needs.head:
@@ -247,7 +251,7 @@ class _Pass:
         wanted |= {name: self.params[name] for name in names}
         head = self.plan.head
         fused = head is not None and head.key is not None and head.key[0] == "linear_head"
-        if self.needs.logit_norm and not fused:
+        if self.needs.logit_norm and not (fused and self.plan.sees_head):
             wanted["logits"] = _logits_of(outputs)
         inputs = self.inputs if self.needs.input_grad else {}
         wanted |= {f"input {name}": x.edge for name, x in inputs.items()}

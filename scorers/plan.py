@@ -59,6 +59,11 @@ class Plan:
     """Modules through which the probe has found parameters right."""
     head: HeadPlan | None = None
 
+    @property
+    def sees_head(self) -> bool:
+        """Whether the head is one use, and the rows are known in it."""
+        return self.head is not None and self.head.key is not None and self.head.key in self.layouts
+
     def path(self, name: str) -> Path:
         return self.choices[name][0]
 

@@ -71,7 +71,7 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
         total = grad_sq_norm(pair.left, pair.right)
     if indexed is not None:
         total = total + embedding_sq_norm(indexed.index, indexed.right)
-        if isinstance(pair, HeadPart) and pair.sums.columns is not None:
+        if isinstance(pair, HeadPart) and pair.keeps(indexed.index):
             cross = pair.cross(indexed.right)
         else:
             cross = embedding_cross(

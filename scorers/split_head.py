@@ -9,7 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_HEADS: WeakKeyDictionary[nn.Module, nn.Linear | None] = WeakKeyDictionary()
+from curate.scorers.memory import is_out_of_memory
+
+_DECIDED: WeakKeyDictionary[nn.Module, tuple[nn.Module, bool]] = WeakKeyDictionary()
+"""Of each model the layer that was tried, and whether the model hands on what it gives."""
 
 
 def split_head(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, nn.Linear | None]:
@@ -17,31 +20,46 @@ def split_head(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, nn.
 
     While the model runs, the layer hands its input on. If that very tensor comes out of the model,
     the layer's output would have been the logits, unchanged. Where it does not (soft-capped or
-    scaled logits, an adapter on the layer), the model runs once more as it is, now and ever after,
-    and the logits are returned with None. So they are where the layer itself is to be trained.
+    scaled logits, an adapter on the layer, a layer that is not the last after all), the model runs
+    once more as it is, now and as long as it has that layer, and the logits are returned with
+    None. So they are where the layer itself is to be trained.
     """
-    if model in _HEADS:
-        head = _HEADS[model]
-    else:
-        head = _last_linear(model)
-    if head is None or (
-        torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
+    head = _last_linear(model)
+    tried, is_whole = _DECIDED.get(model, (None, True))
+    is_new = tried is not head
+    if (
+        head is None
+        or not (is_new or is_whole)
+        or _trains(head)
+        or torch.is_inference_mode_enabled()
     ):
         return run(), None
     passed: list[Tensor] = []
+    versions: list[int] = []
 
     def hand_on(hidden: Tensor) -> Tensor:
         passed.append(hidden.view_as(hidden))
+        versions.append(passed[-1]._version)
         return passed[-1]
 
     head.forward = hand_on  # type: ignore[method-assign,assignment]
+    out: Tensor | None = None
     try:
         out = run()
+    except Exception as error:
+        # The model may not bear what is no logits; if it is something else, it comes again.
+        if not is_new or is_out_of_memory(error):
+            raise
     finally:
         del head.forward
-    whole = len(passed) == 1 and out is passed[0] and out.shape[-1] == head.in_features
-    _HEADS[model] = head if whole else None
-    return (out, head) if whole else (run(), None)
+    # A version counts what is changed in place: by logits of the same size, as `logits /= 2` does.
+    whole = len(passed) == 1 and out is passed[0] and passed[0]._version == versions[0]
+    if whole and out is not None:
+        _DECIDED[model] = head, True
+        return out, head
+    out = run()
+    _DECIDED[model] = head, False
+    return out, None
 
 
 def _last_linear(model: nn.Module) -> nn.Linear | None:
@@ -50,12 +68,28 @@ def _last_linear(model: nn.Module) -> nn.Linear | None:
     Hooks, adapters, parametrisations and subclasses may all do more than multiply.
     """
     named = getattr(model, "get_output_embeddings", None)
-    head = named() if callable(named) else None
+    try:
+        head = named() if callable(named) else None
+    except (AttributeError, NotImplementedError, TypeError):
+        head = None
     if head is None:
         head = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-    plain = (
-        type(head) is nn.Linear
-        and "forward" not in vars(head)
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    return head if type(head) is nn.Linear and _is_plain(head) else None
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    hooks = (
+        head._forward_hooks,
+        head._forward_pre_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
     )
-    return head if plain else None
+    return "forward" not in vars(head) and all(
+        getattr(hook, "__module__", "").startswith("curate.")  # the engine's own only look
+        for of_kind in hooks
+        for hook in of_kind.values()
+    )
+
+
+def _trains(head: nn.Linear) -> bool:
+    return torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
