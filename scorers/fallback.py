@@ -28,7 +28,7 @@ from curate.scorers.parts import Full, Gradient
 from curate.scorers.plan import CallAxes
 from curate.scorers.prepared import canonical_name
 from curate.scorers.rows import count_rows, select_rows
-from curate.scorers.taps import Replan, anchored
+from curate.scorers.taps import Replan, anchored, listen
 
 Consume = Callable[[Gradient], None]
 
@@ -86,10 +86,11 @@ class Catcher:
             if not isinstance(leaf, Tensor):
                 continue
             if leaf.is_floating_point():
-                # A clone: an output may be one of the inputs, or a view.
-                leaf = leaf if leaf.requires_grad else anchored(leaf.clone(), self._anchor)
+                # A clone: an output may be one of the inputs, or a view that is changed later.
+                leaf = leaf.clone() if leaf._is_view() or not leaf.requires_grad else leaf
+                leaf = anchored(leaf, self._anchor)
                 if caught is not None:
-                    leaf.register_hook(partial(caught.grads.__setitem__, at))  # type: ignore[no-untyped-call]
+                    listen(leaf, partial(caught.grads.__setitem__, at))
                 leaves[i] = leaf
             at += 1
         return tree_unflatten(leaves, spec)

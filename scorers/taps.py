@@ -209,6 +209,22 @@ def anchored(value: Tensor, anchor: Tensor) -> Tensor:
     return out
 
 
+def listen(out: Tensor, hook: Callable[[Tensor], None], own_base: bool = False) -> None:
+    """Call the hook with the gradient of a value as it is now, whatever is done to it in place.
+
+    A view that is changed in place gets a new history without the hook. With `own_base` nobody
+    else has what it is a view of, as of the two axes in which torch multiplies three.
+    """
+    base = out._base
+    _ = out.grad_fn  # asked for, or torch dies hooking a view that has been changed in place
+    whole = base is not None and base.numel() == out.numel() and base.is_contiguous()
+    if own_base and base is not None and whole and base.requires_grad and out.is_contiguous():
+        shape = out.shape
+        base.register_hook(lambda g: hook(g.reshape(shape)))  # type: ignore[no-untyped-call]
+    else:
+        out.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
 @dataclass
 class Taps:
     """The listener of a scoring pass: collects the wanted parameters' gradients, use by use."""
@@ -283,7 +299,7 @@ class Taps:
             is_kept = is_small or watch is not None
             use_of = partial(_itself, use) if is_kept or self.later is None else self.later(key)
             hook = partial(self._backward, key, use_of, layout, roles, watch)
-            out.register_hook(hook)  # type: ignore[no-untyped-call]
+            listen(out, hook, own_base=use.kind == "linear")
         return out
 
     def after_again(self, key: UseKey, use: Use, out: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Models built to lead taps astray, each against autograd on one row at a time."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,48 @@ def test_compiled_models_are_unwrapped(kit) -> None:
 def test_an_activation_in_place_right_after_the_first_layer(kit) -> None:
     for activation in (nn.ReLU(True), nn.LeakyReLU(inplace=True), nn.Hardswish(inplace=True)):
         _check(kit, kit.Named(nn.Linear(5, 4), activation, nn.Linear(4, 3)).double(), kit.vectors())
+
+
+class _ChangedInPlace(nn.Module):
+    """Biased layers over tokens, which torch multiplies flat and gives as views, then changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.relu, self.shift = nn.ReLU(inplace=True), nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.second(self.first(x)))
+        x = self.second(x)
+        x[..., 2:] = 0.5
+        x += self.shift
+        logits = self.head(x)
+        logits[:, 1:] /= 2
+        return logits.mean(1)
+
+
+@pytest.mark.parametrize("params", ["", "^shift$", "second"])
+def test_views_changed_in_place_keep_their_taps(kit, params) -> None:
+    """Hooking such a view would end the process in torch 2.13 (its history is made anew)."""
+    x, targets = torch.randn(5, 4, 4, dtype=torch.float64), torch.randint(0, 3, (5,))
+    batch, model = Batch({"x": x}, targets, 5), _ChangedInPlace().double()
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(params, name) is not None)
+    engine = _check(kit, model, batch)
+    assert all(path.startswith("analytic") for path in engine.paths.values())
+
+
+def test_a_module_whose_output_is_changed_in_place_goes_through_torch_func(kit) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / 2, self.bias)
+
+    model = kit.Named(nn.Linear(4, 6), Scaled(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    x = torch.randn(5, 4, 4, dtype=torch.float64)
+    batch = Batch({"x": x}, torch.randint(0, 3, (5, 4)), 5)
+    engine = _check(kit, model.double(), batch, kit.language)
+    assert engine.paths["body.1.weight"] == "vmap: body.1"
 
 
 def test_an_input_overwritten_before_the_backward_pass(kit) -> None:
