@@ -33,6 +33,7 @@ from curate.kernels.summation import (
     quick_scratch,
     sum_partials,
     unit_of,
+    wide,
 )
 
 
@@ -87,7 +88,7 @@ def grad_dot_product(
     if uses_triton(left, right):
         return _launch_product(left, right, directions)
     dtype = torch.promote_types(accumulator(left), accumulator(right))
-    v = directions.to(dtype).reshape(-1, g, o, i)
+    v = directions.to(dtype).reshape(len(directions), g, o, i)
     out = torch.zeros(s, len(v), dtype=dtype, device=left.device)
     for rows in chunks(s, g * t * min(o, i), 4 * quick_scratch(left)):
         x, y = (f[rows].to(dtype).transpose(0, 1).flatten(1, 2) for f in (left, right))
@@ -177,8 +178,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     """(left V) * right, summed over a tile of columns: a number per token, whatever its sample."""
     # Multiplied here, what is a multiple of 16 is known to be: loads are vectors.
     o, i = o * UNIT, i * UNIT
-    left_s, left_g, left_t = left_s * UNIT, left_g * UNIT, left_t * UNIT
-    right_s, right_g, right_t = right_s * UNIT, right_g * UNIT, right_t * UNIT
+    left_s, left_g, left_t = wide(left_s) * UNIT, wide(left_g) * UNIT, left_t * UNIT
+    right_s, right_g, right_t = wide(right_s) * UNIT, wide(right_g) * UNIT, right_t * UNIT
     i_block, i_rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i_tile, i_rest = i_rest % tiles, i_rest // tiles
     i_g, i_m = (i_rest % g).to(tl.int64), (i_rest // g).to(tl.int64)
@@ -246,12 +247,12 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     o_n, i_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     m_n = o_n < n
     i_s, i_t = (o_n // t).to(tl.int64), (o_n % t).to(tl.int64)
-    row_x = i_s * (x_s * UNIT) + i_t * (x_t * UNIT)
+    row_x = (i_s * x_s + i_t * x_t) * UNIT
     if GATHERS:
         index = tl.load(p_index + o_n, mask=m_n, other=0)
-        row_y = i_m * (y_s * UNIT) + index * (y_t * UNIT)
+        row_y = (i_m * y_s + index * y_t) * UNIT
     else:
-        row_y = i_s * (y_s * UNIT) + i_t * (y_t * UNIT)
+        row_y = (i_s * y_s + i_t * y_t) * UNIT
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
     for start in range(0, k, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)

@@ -214,7 +214,7 @@ def _launch_channels(x: Tensor, y: Tensor, mean: Tensor | None, *, product: bool
         grid = (-(-s * c // _CHANNELS.blocks["ROWS"]),)
         with on_device(x):
             _channel_kernel[grid](
-                x, y, out if mean is None else mean.float(), out, s * c, c, p,
+                x, y, out if mean is None else mean.float().contiguous(), out, s * c, c, p,
                 *x.stride(), *y.stride(), PRODUCT=product, CENTRED=mean is not None,
                 **_CHANNELS.options,
             )  # fmt: skip

@@ -104,10 +104,11 @@ def _sq_norm_triton(index: Tensor, right: Tensor) -> Tensor:
     if s == 0 or t == 0 or d == 0:
         return partials.new_zeros(s)
     right = right if right.stride(2) == 1 else right.contiguous()
-    index, order = index.sort(dim=1, stable=True)
+    # `sort` keeps the strides of what it is given.
+    index, order = index.contiguous().sort(dim=1, stable=True)
     # A block of pairs is empty once its columns' first look-up is beyond its rows' last.
     last = index[:, torch.arange(1, tiles + 1, device=index.device).mul_(block).clamp_(max=t) - 1]
-    stops = torch.searchsorted(index.contiguous(), last.contiguous(), right=True)
+    stops = torch.searchsorted(index, last.contiguous(), right=True)
     with on_device(right):
         _equal_kernel[(s * tiles,)](
             index, order, stops, right, partials, t, d, tiles,

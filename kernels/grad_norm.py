@@ -38,6 +38,7 @@ from curate.kernels.summation import (
     quick_scratch,
     sum_partials,
     unit_of,
+    wide,
 )
 
 __all__ = [
@@ -222,12 +223,12 @@ def _gram_kernel(  # type: ignore[no-untyped-def]
     """One block of both Gram matrices of one sample and group, multiplied and added up."""
     # Multiplied here, what is a multiple of 16 is known to be: loads are vectors.
     o, i = o * UNIT, i * UNIT
-    left_s, left_g, left_t = left_s * UNIT, left_g * UNIT, left_t * UNIT
-    right_s, right_g, right_t = right_s * UNIT, right_g * UNIT, right_t * UNIT
+    left_s, left_g, left_t = wide(left_s) * UNIT, wide(left_g) * UNIT, left_t * UNIT
+    right_s, right_g, right_t = wide(right_s) * UNIT, wide(right_g) * UNIT, right_t * UNIT
     i_pair, i_sg = tl.program_id(0) % pairs, tl.program_id(0) // pairs
     i_s, i_g = (i_sg // g).to(tl.int64), (i_sg % g).to(tl.int64)
     # Pair p is block (a, b), b <= a, with p = a (a + 1) / 2 + b: whatever the number of blocks.
-    a = ((tl.sqrt((8 * i_pair + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    a = ((tl.sqrt(8.0 * i_pair.to(tl.float32) + 1.0) - 1) * 0.5).to(tl.int32)
     a = tl.where(a * (a + 1) // 2 > i_pair, a - 1, a)
     a = tl.where((a + 1) * (a + 2) // 2 <= i_pair, a + 1, a)
     b = i_pair - a * (a + 1) // 2
@@ -261,12 +262,8 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
     o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_n = o_n < n
     i_s, i_g = (o_n // g).to(tl.int64), (o_n % g).to(tl.int64)
-    left = _squares(
-        p_left, i_s * (left_s * UNIT) + i_g * (left_g * UNIT), m_n, o * UNIT, ROWS, BLOCK_K
-    )
-    right = _squares(
-        p_right, i_s * (right_s * UNIT) + i_g * (right_g * UNIT), m_n, i * UNIT, ROWS, BLOCK_K
-    )
+    left = _squares(p_left, (i_s * left_s + i_g * left_g) * UNIT, m_n, o * UNIT, ROWS, BLOCK_K)
+    right = _squares(p_right, (i_s * right_s + i_g * right_g) * UNIT, m_n, i * UNIT, ROWS, BLOCK_K)
     tl.store(p_out + o_n, left * right, mask=m_n)
 
 

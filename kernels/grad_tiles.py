@@ -32,6 +32,7 @@ from curate.kernels.summation import (
     quick_scratch,
     sum_partials,
     unit_of,
+    wide,
 )
 
 
@@ -192,7 +193,7 @@ def _tile_sums_torch(
     dtype = torch.promote_types(accumulator(left), accumulator(right))
     squares, weighted = (left.new_zeros(s, dtype=dtype) for _ in range(2))
     w = None if weight is None else weight.to(dtype).reshape(g, o, i)
-    v = None if directions is None else directions.to(dtype).reshape(-1, g, o, i)
+    v = None if directions is None else directions.to(dtype).reshape(len(directions), g, o, i)
     dots = None if v is None else left.new_zeros(s, len(v), dtype=dtype)
     # Small matrices several at a time within the cache; large ones whole, since library products
     # lose a tenth of their speed on fewer rows.
@@ -269,8 +270,8 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     """One tile of one sample's G; a number per quantity."""
     # Multiplied here, what is a multiple of 16 is known to be: loads are vectors.
     o, i = o * UNIT, i * UNIT
-    left_s, left_g, left_t = left_s * UNIT, left_g * UNIT, left_t * UNIT
-    right_s, right_g, right_t = right_s * UNIT, right_g * UNIT, right_t * UNIT
+    left_s, left_g, left_t = wide(left_s) * UNIT, wide(left_g) * UNIT, left_t * UNIT
+    right_s, right_g, right_t = wide(right_s) * UNIT, wide(right_g) * UNIT, right_t * UNIT
     tiles = g * rows * columns
     i_tile, i_s = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     i_g, i_within = i_tile // (rows * columns), i_tile % (rows * columns)

@@ -18,7 +18,7 @@ from torch import Tensor
 from curate.kernels.launch import Config, Variant, architecture, jit, precision, tl
 from curate.kernels.online_softmax import OnlineSoftmax
 from curate.kernels.softmax_tiles import PARTS
-from curate.kernels.summation import dot, on_device, unit_of
+from curate.kernels.summation import dot, on_device, unit_of, wide
 
 # Programs among which the classes are divided, whatever the device.
 _PROGRAMS = 1024
@@ -46,8 +46,8 @@ def head_partial_sums(
             _head_partial_sums_kernel[(programs, out.shape[0])](
                 hidden,
                 weight,
-                weight if bias is None else bias,
-                targets,
+                weight if bias is None else bias.contiguous(),
+                targets.contiguous(),
                 out,
                 n,
                 v,
@@ -84,7 +84,7 @@ def _head_partial_sums_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # The compiler loads 16 bytes at a time where it sees that rows start at multiples of that.
-    d, stride_h, stride_w = d * UNIT, stride_h * UNIT, stride_w * UNIT
+    d, stride_h, stride_w = d * UNIT, wide(stride_h) * UNIT, wide(stride_w) * UNIT
     # Tokens run fastest: the programs at work at one time read the same rows of the weight.
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_s = tl.program_id(1).to(tl.int64)
@@ -114,7 +114,8 @@ def _head_partial_sums_kernel(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             b_z += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
         m_y = (o_v[None, :] == b_y[:, None]) & m_v[None, :]
-        b_zy = tl.maximum(b_zy, tl.max(tl.where(m_y, b_z, -float("inf")), 1))
+        # A sum, not a maximum, which would drop NaN.
+        b_zy = tl.where(tl.max(m_y.to(tl.int32), 1) > 0, tl.sum(tl.where(m_y, b_z, 0.0), 1), b_zy)
         b_z = tl.where(m_v[None, :] & (m_y == 0), b_z, -float("inf"))
         b_tile = tl.max(b_z, 1)
         b_at = tl.where(b_z == b_tile[:, None], o_v.to(tl.int32)[None, :], 2147483647)

@@ -133,7 +133,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_mean, mean, mask=m_d)
         tl.store(p_m2, m2, mask=m_d)
     else:
-        spread = tl.maximum(m2, 0.0) * per_free
+        spread = tl.where(m2 < 0, 0.0, m2) * per_free  # a maximum would drop NaN
         if SPREAD == "std":
             spread = tl.sqrt(spread)
         tl.store(p_out + pid.to(tl.int64), tl.sum(tl.where(m_d, spread, 0.0)))

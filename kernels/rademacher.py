@@ -71,6 +71,8 @@ def signs(
 def signs_of_words(word: Int32[Tensor, "n w"], dtype: torch.dtype) -> Float[Tensor, "n 32*w"]:
     """Return the 32 signs in each word, eight at a time, looked up by byte: a shift and a mask for
     each of them cost more."""
+    if word.numel() == 0:
+        return torch.zeros(word.shape[0], 32 * word.shape[1], dtype=dtype, device=word.device)
     index = word.contiguous().view(torch.uint8).view(-1).int()  # little-endian: low byte first
     found = _signs_of_bytes(word.device, dtype).index_select(0, index)
     return found.view(word.shape[0], 32 * word.shape[1])

@@ -196,7 +196,8 @@ def add_partials(partials: Float[Tensor, "s p k"]) -> Float[Tensor, "s k"]:
         return partials[:, 0]
     out = torch.empty(s, k, dtype=partials.dtype, device=partials.device)
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        k_add[(-(-k // ADD.blocks["BLOCK_K"]), s)](partials, out, p, k, **ADD.options)
+        blocks = -(-k // ADD.blocks["BLOCK_K"])
+        k_add[(s * blocks,)](partials, out, p, k, blocks, **ADD.options)
     return out
 
 
@@ -300,10 +301,10 @@ def k_sketch(  # type: ignore[no-untyped-def]
 
 
 @jit
-def k_add(p_in, p_out, p, k, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out = sum_p in; program (block of k, sample)."""
-    i_s = tl.program_id(1).to(tl.int64)
-    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+def k_add(p_in, p_out, p, k, blocks, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out = sum_p in; program (block of k and sample)."""
+    i_s = (tl.program_id(0) // blocks).to(tl.int64)
+    o_k = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_K], tl.float32)
     for i_p in range(p):
         acc += tl.load(p_in + (i_s * p + i_p) * k + o_k, mask=o_k < k, other=0.0)
@@ -354,7 +355,7 @@ def _side_config(arch: int, dtype: torch.dtype, tokens: int, k: int) -> Config:
 def variants(architecture: int) -> Iterator[Variant]:
     """Return every configuration that may be launched."""
     arch = max(a for a in SIDE if a <= architecture)
-    i32 = "n g t o i c p k k_o k_i step group_step".split()
+    i32 = "n g t o i c p k k_o k_i step group_step blocks".split()
     i64 = "key0 key1 row0 row1 column0 column1 stride_s stride_g stride_t".split()
     i64 += "left_s left_g left_t right_s right_g right_t".split()
     scalars = dict.fromkeys(i64, "i64") | dict.fromkeys(i32, "i32") | {"p_out": "*fp32"}

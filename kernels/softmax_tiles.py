@@ -195,7 +195,9 @@ def _totals_kernel(p_parts, p_y, p_out, p_index, n, parts, BLOCK_N: tl.constexpr
         b_total2 = tl.load(p_part + 2 * n, mask=m_n, other=0.0)
         b_squares2 = tl.load(p_part + 3 * n, mask=m_n, other=0.0)
         b_spread2 = tl.load(p_part + 4 * n, mask=m_n, other=0.0)
-        b_zy = tl.maximum(b_zy, tl.load(p_part + 5 * n, mask=m_n, other=0.0))
+        # In one part at most it is there; a maximum would drop NaN.
+        b_zy2 = tl.load(p_part + 5 * n, mask=m_n, other=0.0)
+        b_zy = tl.where(b_zy2 == -float("inf"), b_zy, b_zy2)
         b_place = tl.where(b_other > b_top, b_at, b_place)
         b_new = tl.maximum(b_top, b_other)
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
@@ -227,7 +229,7 @@ def _totals_kernel(p_parts, p_y, p_out, p_index, n, parts, BLOCK_N: tl.constexpr
     # Two sums of one sign: nothing cancels.
     b_surprise = b_scale * ((b_lse - b_shift) * b_total - b_spread)
     b_entropy = b_surprise + tl.where(b_p > 0, b_p * b_loss, 0.0)
-    b_margin = b_zy - b_top
+    b_margin = tl.where(b_loss == b_loss, b_zy - b_top, b_loss)  # the maximum drops NaN
     m_first = (b_margin > 0) | ((b_margin == 0) & (b_y < b_place.to(tl.int64)))
     b_aligned = b_scale * b_spread + b_error * (b_zy - b_shift)
     p_out += o_n

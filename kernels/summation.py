@@ -108,6 +108,12 @@ def dot(x, y, total, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(x, y, total, input_precision=PRECISION)
 
 
+@jit
+def wide(n):  # type: ignore[no-untyped-def]
+    """A size or stride as 64 bits: an argument that fits into 32 has 32, but not its multiples."""
+    return tl.cast(n, tl.int64)
+
+
 _INTERPRETED = tl.constexpr(IS_INTERPRETED) if HAS_TRITON else None
 
 
