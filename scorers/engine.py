@@ -6,7 +6,7 @@ The gradient of the target logit takes a backward pass of its own, on the same f
 `Engine` serves scorers, which name their needs as `Signal`s; `curate.signals` is for people.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from curate.scorers.passes import Harvest, Needs
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
 from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal
-from curate.scorers.readouts import Dots, Readout, sq_norm
+from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 __all__ = ["Engine", "EngineError"]
@@ -64,6 +64,8 @@ class Engine:
         self._sets = [s.params for s in self.wanted if s.kind == "grad_sq_norm"]
         self._target_sets = [s.params for s in self.wanted if s.kind in TARGET_KINDS]
         self._directions: Mapping[str, Tensor] = {}
+        self.sketch: TwoSidedSketch | None = None
+        """Where set, `directions` are sketches of this kind, and products those of sketches."""
         self._target_norms: dict[str, Tensor] = {}
         gradients = [*self._sets, *self._target_sets]
         for params in gradients:
@@ -115,16 +117,26 @@ class Engine:
         params = named_parameters(self._core.passes.model)
         return {name: params[name].detach() for name in self._core.all if name in names}
 
-    def summed_gradient(self, batch: Any) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def summed_gradient(
+        self, batch: Any, among: Collection[str] | None = None
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Return the rows' losses and their sum's gradient, by plain autograd over the batch.
 
-        Of the parameters that are compared with a target; one that plays no part is absent.
+        Of the parameters that are compared with a target, or those `among` them; one that plays
+        no part is absent.
         """
         passes, names = self._core.passes, self.target_params(batch)
         own = named_parameters(passes.model)
         with prepared(passes.model):
-            params = {name: own[name] for name in names}
+            params = {n: own[n] for n in names if among is None or n in among}
             return summed_gradient(batch, lambda b: passes.evaluate(b).loss, params)
+
+    def target_sketches(self, batch: Any) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+        """Return the rows' losses and the sketches of their gradients, [B, kk] by parameter."""
+        assert self.sketch is not None, "the kind of sketch is set"
+        names = frozenset(self.target_params(batch))
+        harvest = self._core.passes.run(batch, Needs({"target": (names, self.sketch)}))
+        return harvest.loss, harvest.readouts["target"]
 
     def verify(self, batch: Any) -> None:
         """Find the parameters' paths on this batch and check them against autograd row by row.
@@ -161,7 +173,8 @@ class Engine:
             readouts["sq_norm"] = self._union(self._sets), sq_norm
         if self._target_sets:
             assert self._directions, "a target's directions are set before the first batch"
-            readouts["dots"] = self._union(self._target_sets), Dots(dict(self._directions))
+            read = self.sketch or Dots(dict(self._directions))
+            readouts["target"] = self._union(self._target_sets), read
         return readouts
 
     def _union(self, sets: Iterable[str]) -> frozenset[str]:
@@ -175,7 +188,9 @@ class Engine:
             return total(harvest, "sq_norm", core.names(signal.params))
         if signal.kind == "target_dot":
             zero = harvest.loss.new_zeros(len(harvest.loss), self._groups)
-            found, names = harvest.readouts["dots"], sorted(core.names(signal.params))
+            found, names = harvest.readouts["target"], sorted(core.names(signal.params))
+            if self.sketch is not None:
+                found = {n: found[n] @ self._directions[n].T for n in names if n in found}
             return torch.stack([zero, *(found[n] for n in names if n in found)]).sum(0)
         if signal.kind == "target_norm":
             return self._target_norm(signal.params).expand(len(harvest.loss), -1)

@@ -19,6 +19,7 @@ from curate.pipeline.scoring.scoring_worker import ScoringWorker
 from curate.pipeline.scoring.sizing import Sizing, first_checkpoint_only, parameter_count, size_up
 from curate.pipeline.scoring.standardise import forget_raw, standardise
 from curate.pipeline.scoring.step_zero import input_norm_correlations, warn_of_step_zero
+from curate.pipeline.scoring.target_gradients import sketch_errors
 from curate.pipeline.scoring.units import Unit, plan_units, read_units, rows_per_unit, write_units
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.lock import RunLock
@@ -281,7 +282,9 @@ def _run(
     lock.check()
     if work.standardised:
         notes["standardised"] = standardise(work, units)
-        lock.check()
+    if errors := sketch_errors(folder):
+        notes["sketch_error"] = errors
+    lock.check()
     success = finish(folder, work, units, notes)
     forget_attempts(folder)
     forget_raw(folder)

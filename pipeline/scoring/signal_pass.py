@@ -243,7 +243,7 @@ class SignalPass:
             if isinstance(found, Exception):
                 raise ValueError(f"the target's gradients cannot be taken: {said(found)}")
             if engine.directions is not found:
-                engine.directions = found
+                engine.directions, engine.sketch = found, self._target.sketch
         return engine
 
     def _collect(

@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from curate.pipeline.models.checkpoint import checkpoint_name
+from curate.pipeline.scoring.target_sketch import SKETCH, sketch_error
 from curate.pipeline.scoring.windows import encode_rows
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.storage import Folder
@@ -28,6 +31,7 @@ from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.engine import Engine
 from curate.scorers.memory import is_out_of_memory
 from curate.scorers.protocol import Batch
+from curate.scorers.readouts import TwoSidedSketch
 
 log = logging.getLogger("curate.score")
 
@@ -37,13 +41,15 @@ MOST_BYTES = 4 << 30
 they fit in it together."""
 
 Directions = dict[str, Tensor]
-"""Parameter -> [M, *its shape]."""
+"""Parameter -> [M, *its shape], or [M, kk] where they are sketches."""
 
 
 class TargetGradients:
     """Gives the mean gradients of the target's groups at a checkpoint, on the device.
 
-    `keeps`: what is made here is committed to the run's folder.
+    `keeps`: what is made here is committed to the run's folder. Where the gradients would take
+    more than MOST_BYTES they are sketches of the kind `sketch`, else that is None; known from the
+    first that are given.
     """
 
     def __init__(self, work: Work, device: torch.device, keeps: bool) -> None:
@@ -53,6 +59,8 @@ class TargetGradients:
         self.task = task_from_description(dict(work.task), self.target.corpus)
         self._held: dict[int, Directions] = {}
         self._checked: set[str] = set()
+        self.sketch: TwoSidedSketch | None = None
+        self._error: float | None = None
 
     def at(self, k: int, engine: Engine) -> Directions:
         """Return them at checkpoint k, whose weights `engine` has.
@@ -89,24 +97,37 @@ class TargetGradients:
         for batch, group, names in self._batches():
             moved = batch.to(self.device)
             if not sums:
-                sums = self._zeros(engine, moved)
+                sums = self._start(engine, moved)
             self._add(engine, moved, names, {name: v[group] for name, v in sums.items()})
         for m, count in enumerate(self.target.counts):
             for v in sums.values():
                 v[m] /= count
         return sums
 
-    def _zeros(self, engine: Engine, batch: Batch) -> Directions:
+    def _start(self, engine: Engine, batch: Batch) -> Directions:
+        """Return zeros to add to, having chosen between gradients and sketches of them."""
         params, groups = engine.target_params(batch), len(self.target.groups)
-        numbers = sum(p.numel() for p in params.values())
-        if groups * numbers * 4 > MOST_BYTES:
-            raise ValueError(
-                f"the target's gradients take {groups * numbers * 4 / 2**30:.1f} GiB ({groups} "
-                f"groups, {numbers:,} parameters), more than {MOST_BYTES >> 30} GiB: limit the "
-                f"parameters by grad_similarity(params=...), or the groups by --target-group"
-            )
+        shapes = {name: p.shape for name, p in params.items()}
+        size = groups * sum(p.numel() for p in params.values()) * 4
+        engine.sketch = self.sketch = self._error = None
+        if size > MOST_BYTES:
+            kk = SKETCH.k[0] * SKETCH.k[1]
+            shapes = {name: torch.Size([kk]) for name in params}
+            if groups * len(params) * kk * 4 > MOST_BYTES:
+                raise ValueError(
+                    f"the target's gradients take {size / 2**30:.1f} GiB ({groups} groups), and "
+                    f"sketches of them too much still: make fewer groups by --target-group"
+                )
+            engine.sketch = self.sketch = SKETCH
+            self._error = sketch_error(engine, batch)
+            log.warning(
+                "the target's gradients would take %.1f GiB: similarities are estimated by "
+                "sketches of %d x %d per parameter; cosines of target rows are off by %.4f (root "
+                "mean square)",
+                size / 2**30, *SKETCH.k, self._error,
+            )  # fmt: skip
         return {
-            name: torch.zeros(groups, *p.shape, dtype=_sum_dtype(p), device=p.device)
+            name: torch.zeros(groups, *shapes[name], dtype=_sum_dtype(p), device=p.device)
             for name, p in params.items()
         }
 
@@ -155,7 +176,7 @@ class TargetGradients:
     ) -> None:
         """Add the rows' gradients, a few at a time where all do not fit in memory."""
         try:
-            loss, grads = engine.summed_gradient(batch)
+            loss, grads = self._summed(engine, batch)
         except Exception as error:
             if batch.rows == 1 or not is_out_of_memory(error):
                 raise
@@ -171,6 +192,12 @@ class TargetGradients:
         for rows in (range(middle), range(middle, batch.rows)):
             self._add(engine, batch.select_rows(rows), [names[r] for r in rows], sums)
 
+    def _summed(self, engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.sketch is None:
+            return engine.summed_gradient(batch)
+        loss, sketches = engine.target_sketches(batch)
+        return loss, {name: s.sum(0) for name, s in sketches.items()}
+
     def _check(self, loss: Float[Tensor, " b"], names: Sequence[str]) -> None:
         for row in (~torch.isfinite(loss)).nonzero().flatten().tolist()[:1]:
             raise ValueError(
@@ -181,34 +208,54 @@ class TargetGradients:
 
     def _bytes(self, made: Directions) -> bytes:
         tensors = {name: v.cpu() for name, v in made.items()}
-        said = {"run": self.work.run, "groups": self.target.groups, "digest": _digest(tensors)}
+        said: dict[str, Any] = {"run": self.work.run, "groups": self.target.groups}
+        said["digest"] = _digest(tensors)
+        if self.sketch is not None:
+            said["sketch"] = {**asdict(self.sketch), "error": self._error}
         # One entry: the order of several would not be the same in every process.
         return save(tensors, {"curate.target": json.dumps(said, sort_keys=True)})
 
     def _read(self, name: str) -> Directions:
-        found = read_gradients(self.folder, name, None if name in self._checked else self.work.run)
+        found, said = read_gradients(self.folder, name, self.work.run, name not in self._checked)
         self._checked.add(name)
+        if (sketch := said.get("sketch")) is not None:
+            self.sketch = TwoSidedSketch(sketch["seed"], (sketch["k"][0], sketch["k"][1]))
         return {name: v.to(self.device) for name, v in found.items()}
 
 
-def read_gradients(folder: Folder, name: str, run: str | None) -> Directions:
-    """Return the gradients that a run of this id kept; None: they were checked before.
+def read_gradients(
+    folder: Folder, name: str, run: str, all_of_it: bool = True
+) -> tuple[Directions, dict[str, Any]]:
+    """Return the gradients that the run kept, and what it said of them.
 
     Raises:
-        ValueError: the file is of another run, or damaged.
+        ValueError: the file is of another run, or damaged (`all_of_it`: by its digest).
     """
     path = folder.local_path(name)
     try:
         found = load(folder.read(name)) if path is None else load_file(path)
-        with folder.open(name) as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if run is not None else {}
+        said = _said(folder, name)
     except (SafetensorError, json.JSONDecodeError):
-        found, header = {}, {}
-    said = json.loads(header.get("__metadata__", {}).get("curate.target", "{}"))
-    if not found or (run is not None and said != {**said, "run": run, "digest": _digest(found)}):
+        found, said = {}, {}
+    is_whole = not all_of_it or said.get("digest") == _digest(found)
+    if said.get("run") != run or not is_whole:
         raise ValueError(f"{folder.full_name(name)} is damaged: delete it and run the same command")
-    return found
+    return found, said
+
+
+def sketch_errors(folder: Folder) -> dict[str, float]:
+    """Return the measured error of what was sketched, by checkpoint."""
+    names = folder.names(f"{FOLDER}/")
+    found = {n.removeprefix(f"{FOLDER}/"): _said(folder, n).get("sketch") for n in names}
+    return {n.partition(".")[0]: sketch["error"] for n, sketch in found.items() if sketch}
+
+
+def _said(folder: Folder, name: str) -> dict[str, Any]:
+    """Return what the file's header says of it."""
+    with folder.open(name) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    said: dict[str, Any] = json.loads(header.get("__metadata__", {}).get("curate.target", "{}"))
+    return said
 
 
 def _sum_dtype(p: Tensor) -> torch.dtype:

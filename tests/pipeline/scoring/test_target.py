@@ -29,12 +29,14 @@ from curate.pipeline.models.checkpoint import (
 from curate.pipeline.models.models import make_model, model_args
 from curate.pipeline.reading.corpus import open_corpus
 from curate.pipeline.reporting.verify import verify
-from curate.pipeline.scoring import signal_pass
+from curate.pipeline.scoring import signal_pass, target_gradients
 from curate.pipeline.scoring.score import score
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.scoring.signal_pass import SignalPass
 from curate.pipeline.scoring.target_gradients import TargetGradients
 from curate.pipeline.tasks.registry import make_task, task_from_description
+from curate.scorers.readouts import TwoSidedSketch
+from curate.scorers.signals import signals
 
 Make = Callable[..., str]
 MODELS = """
@@ -348,6 +350,69 @@ def test_a_target_row_that_does_not_fit_with_others_is_run_with_fewer(
         np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("image", 3600), ("gpt", 8400)])
+def test_sketches_stand_for_gradients_that_take_too_much_and_tell_their_error(
+    kind: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of sketches as `curate.signals` makes them, with exact norms of the rows."""
+    root, sides = made(tmp_path, kind), (6, 6)
+    monkeypatch.setattr(target_gradients, "SKETCH", TwoSidedSketch(0, sides))
+    monkeypatch.setattr(target_gradients, "MOST_BYTES", most)
+    monkeypatch.setattr("curate.pipeline.scoring.target_sketch.NUMBERS", 50)  # in many portions
+    settings: dict[str, Any] = {
+        "corpus": str(root / "corpus"), "target": str(root / "target"), "progress": False,
+        "checkpoints": str(root / "checkpoints"), "batch_rows": 4, "target_group": "part",
+        "scorers": "grad_similarity,dot=grad_similarity(similarity=dot)",
+    }  # fmt: skip
+    table = score(**settings, out=root / "s")
+    assert isinstance(table, ScoreTable)
+
+    def sketched(folder: str, k: int) -> tuple[Tensor, Tensor]:
+        """Return each row's sketch, [N, numbers], and its gradient's norm."""
+        corpus, checkpoint = (
+            open_corpus(root / folder),
+            find_checkpoints(str(root / "checkpoints"))[k],
+        )
+        task = task_from_description(checkpoint.task or {}, corpus)
+        model, found = load_model(checkpoint).eval(), []
+        for shard in range(len(corpus.shards)):
+            for read in corpus.read(shard):
+                batch = task.collate(task.encode(pa.Table.from_batches([read])))
+                found.append(
+                    signals(model, batch, task.outputs, ("sketch", "grad_norm"), sketch_dim=sides)
+                )
+        return tuple(torch.cat([f[n] for f in found]).double() for n in ("sketch", "grad_norm"))  # type: ignore[return-value]
+
+    parts = np.array(drawn(kind, TARGET_ROWS, 1)["part"].to_pylist())
+    cosines, dots = torch.zeros(ROWS, 3).double(), torch.zeros(ROWS, 3).double()
+    errors = []
+    for k, weight in enumerate((0.75, 0.25)):
+        (mine, norms), (theirs, _) = sketched("corpus", k), sketched("target", k)
+        means = torch.stack([theirs[torch.from_numpy(parts == p)].mean(0) for p in "abc"])
+        product = mine @ means.T
+        dots += weight * product
+        cosine = product / (norms[:, None] * means.norm(dim=1))
+        cosines += weight * cosine.clamp(-1, 1)  # an estimate may go beyond
+        exact = gradients(root, "target", "")[k]
+        (sample,) = np.nonzero(parts[:7] == "a")  # the first batch: of one group and one shard
+        assert 2 <= len(sample) <= 4
+        lengths = exact[sample].norm(dim=1)[:, None] * exact[sample].norm(dim=1)
+        off = (theirs[sample] @ theirs[sample].T - exact[sample] @ exact[sample].T) / lengths
+        pairs = torch.triu_indices(len(sample), len(sample), 1)
+        errors.append(off[pairs[0], pairs[1]].square().mean().sqrt().item())
+    found = whole(root / "s")
+    np.testing.assert_allclose(found["dot"].to_numpy(), dots.amax(1), **CLOSE)
+    np.testing.assert_allclose(found["grad_similarity"].to_numpy(), cosines.amax(1), **CLOSE)
+    told = table.success["notes"]["sketch_error"]
+    assert [n[:16] for n in told] == ["seed0-step000001", "seed0-step000002"]
+    np.testing.assert_allclose(list(told.values()), errors, rtol=1e-3)
+    before = files(root / "s")
+    (root / "s" / "_SUCCESS.json").unlink()
+    (root / "s" / "part-00000.parquet").unlink()
+    score(**settings, out=root / "s")
+    assert files(root / "s") == before
+
+
 CODE = (
     "import json, sys\n"
     "from curate.pipeline.scoring.score import score\n"
@@ -512,4 +577,4 @@ def test_targets_that_do_not_suit_are_refused(
     nulls = good.set_column(1, "label", pa.array([None, *([0] * 16)], pa.int64()))
     refused(nulls, "target column 'label' is null in a row; every row needs a group")
     monkeypatch.setattr("curate.pipeline.scoring.target_gradients.MOST_BYTES", 100)
-    refused(settings["target"], r"take .* GiB \(3 groups, 67 parameters\), more than")
+    refused(settings["target"], r"take 0.0 GiB \(3 groups\), and sketches of them too much still")
