@@ -2,6 +2,7 @@
 
     python benchmarks/compile.py                          sm_80 and sm_90, a table of resources
     python benchmarks/compile.py --only sketch --arch 90  the kernels whose name holds `sketch`
+    python benchmarks/compile.py --summary FILE           and a line per kernel file, in FILE
 
 A configuration fails where it does not compile, spills registers to local memory, or asks for more
 shared memory than a block may have. Exit status 1 if one does.
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the name of the kernels to compile")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    parser.add_argument("--summary", type=Path, help="write a line per kernel file there")
     args = parser.parse_args()
     if IS_INTERPRETED:
         parser.error(
@@ -65,15 +68,31 @@ def main() -> int:
         if args.only in f"{module}.{name}"
     ]
     print(f"{'kernel':64}{'arch':>5}{'regs':>6}{'shared':>8}")
-    failed = 0
+    failed, found = 0, []
     with ProcessPoolExecutor(2) as pool:
         for (module, arch, name), result in zip(jobs, pool.map(_compiled, jobs), strict=True):
             fault = result if isinstance(result, str) else result.fault(arch)
             failed += fault is not None
+            found.append((module, arch, result, fault))
             numbers = "" if isinstance(result, str) else f"{result.registers:6}{result.shared:8}"
             print(f"{f'{module}.{name}':64}{arch:5}{numbers}  {fault or ''}".rstrip(), flush=True)
     print(f"{len(jobs)} configurations, {failed} failed")
+    if args.summary:
+        args.summary.write_text("\n".join(_summary(found)) + "\n")
     return int(failed > 0 or not jobs)
+
+
+def _summary(found: list[tuple[str, int, "Resources | str", str | None]]) -> Iterator[str]:
+    """Yield what the compiler was, and the most that a file's configurations take of a block."""
+    yield f"triton {triton.__version__}, {time.strftime('%Y-%m-%d')}"
+    yield f"{'file':24}{'arch':>5}{'configurations':>16}{'failed':>8}{'regs':>6}{'shared':>8}"
+    for module, arch in sorted({(module, arch) for module, arch, _, _ in found}):
+        mine = [(r, fault) for m, a, r, fault in found if (m, a) == (module, arch)]
+        made = [r for r, _ in mine if isinstance(r, Resources)]
+        registers = max((r.registers for r in made), default=0)
+        shared = max((r.shared for r in made), default=0)
+        failed = sum(fault is not None for _, fault in mine)
+        yield f"{module:24}{arch:5}{len(mine):16}{failed:8}{registers:6}{shared:8}"
 
 
 def shipped(architecture: int) -> Iterator[tuple[str, str]]:
