@@ -242,10 +242,16 @@ def test_several_seeds_are_averaged_and_each_checkpoint_has_its_value(
 # -- cost
 
 
+@pytest.mark.parametrize(("more", "backward"), [("", 12), (",vog", 24)])
 def test_the_corpus_takes_one_forward_and_one_backward_per_batch_and_checkpoint(
-    make_points: Make, points_checkpoints: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_points: Make,
+    points_checkpoints: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+    backward: int,
 ) -> None:
-    """Whatever the scorers; the target is run once per checkpoint and group besides."""
+    """Whatever the scorers, and another of the logits for VoG; the target is run apart."""
     counts: Counter[str] = Counter()
     grad, call = torch.autograd.grad, SignalPass.__call__
     load = signal_pass.load_model
@@ -273,9 +279,9 @@ def test_the_corpus_takes_one_forward_and_one_backward_per_batch_and_checkpoint(
         make_points([40]), target=make_points([9], name="target"),
         checkpoints=points_checkpoints(steps=(1, 2, 3)), batch_rows=10, progress=False,
         scorers="el2n,grand,self_influence,grad_similarity,dot=grad_similarity(similarity=dot),"
-        "head=grad_similarity(params=head),loss,margin,entropy", out=tmp_path / "s",
+        f"head=grad_similarity(params=head),loss,margin,entropy{more}", out=tmp_path / "s",
     )  # fmt: skip
-    assert seen == [(4, 12, 12)]
+    assert seen == [(4, 12, backward)]
 
 
 def test_the_targets_gradients_are_made_once_per_checkpoint(
