@@ -388,7 +388,9 @@ class _Pass:
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if self.pointers or self.inputs:
-                raise ValueError("input_grad needs a loss function that calls the model once")
+                raise ValueError(
+                    "gradients of inputs need a loss function that calls the model once"
+                )
             leaves, spec = tree_flatten((args, kwargs))
             names = [str(i) for i in range(len(tree_flatten(args)[0]))]
             names += [str(k) for k, v in kwargs.items() for _ in tree_flatten(v)[0]]
