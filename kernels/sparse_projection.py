@@ -68,7 +68,7 @@ def sparse_project(
     """
     _check(k, nonzeros)
     left, right = alike(left, right)
-    if uses_triton(left, right):
+    if uses_triton(left, right) and _is_countable(left.shape[1] * left.shape[3], right, k):
         return _launch("pair", left, right, key, k, nonzeros)
     s, g, _, o = left.shape
     i = right.shape[3]
@@ -109,7 +109,7 @@ def sparse_project_matrix(
 ) -> Float[Tensor, "s k"]:
     """Return the projection of gradients that are at hand; a vector counts as one row."""
     _check(k, nonzeros)
-    if uses_triton(grad):
+    if uses_triton(grad) and _is_countable(grad.shape[1], grad, k):
         return _launch("matrix", grad[:, None], grad[:, None], key, k, nonzeros)
     s, o, i = grad.shape
     out = grad.new_zeros(s, k, dtype=accumulator(grad))
@@ -178,6 +178,12 @@ def _check(k: int, nonzeros: int) -> None:
         raise ValueError(f"a sparse projection has 1, 2, 4 … {MOST_OUTPUTS} outputs, not {k}")
     if nonzeros < 1:
         raise ValueError(f"a coordinate goes to 1 output at least, not to {nonzeros}")
+
+
+def _is_countable(rows: int, right: Tensor, k: int) -> bool:
+    """Return whether 32 bits number the tiles: not those of one output in a matrix of 2^31."""
+    k_r, k_c = block_shape(k)
+    return (2 * rows // k_r + 1) * (right.shape[-1] // k_c + 1) < 1 << 31
 
 
 def _launch(

@@ -186,6 +186,11 @@ def _projections() -> Call:
     )
 
 
+def _many_samples() -> Call:
+    partials = vast(1 << 17, 2, 3, dtype=f32)  # more than a grid's second axis has
+    return lambda: sketch.add_partials(partials)
+
+
 def _head() -> Call:
     few, many = vast(2, 1 << 13), vast(1 << 18, 1 << 13)
     y = torch.tensor([0, (1 << 18) - 1])
@@ -222,7 +227,7 @@ def _pixels() -> Call:
     "case",
     [
         _tiles, _gram, _packed, _products, _rows, _tokens, _logits, _sketches, _sum_of_sides,
-        _projections, _head, _tied, _checkpoints, _sums, _pixels,
+        _many_samples, _projections, _head, _tied, _checkpoints, _sums, _pixels,
     ],
 )  # fmt: skip
 def test_no_size_is_beyond_the_last_program(case: Callable[[], Call], sanitized: Any) -> None:

@@ -152,6 +152,19 @@ def test_ignored_tokens_give_zero_even_where_logits_are_nan(backend, device) -> 
     assert all(not s[[1, 3]].any() for s in token_statistics(logits, targets))
 
 
+@pytest.mark.parametrize("classes", [5, 3000])
+def test_a_target_or_another_class_that_is_nan_gives_nan(
+    classes, backend, device, sanitized
+) -> None:
+    """A GPU's maximum drops NaN: no statistic may hide it."""
+    logits = torch.randn(4, classes, device=device)
+    targets = torch.tensor([1, 2, 3, classes - 1], device=device)
+    logits[0, 1] = logits[1, 1] = logits[3, classes - 1] = torch.nan
+    sums = token_sums(logits, targets)
+    for value in (sums.loss, sums.lse, sums.el2n, sums.margin):
+        assert value.isnan().tolist() == [True, True, False, True]
+
+
 def test_worked_example_of_data_diet() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
     stats = token_statistics(logits, torch.tensor([0]))
