@@ -146,7 +146,7 @@ def test_parameters_limit_both_sides(params: str) -> None:
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.integers(0, 10_000))
 def test_dot_products_are_symmetric_bilinear_and_positive(seed: int) -> None:
     """TracIn: rows against rows make a positive semi-definite matrix, its trace self-influence."""
@@ -161,7 +161,7 @@ def test_dot_products_are_symmetric_bilinear_and_positive(seed: int) -> None:
     torch.testing.assert_close(mean, matrix[:, [0, 1, 4]].mean(1), **EXACT)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.integers(0, 10_000))
 def test_a_target_of_the_row_itself_gives_cosine_one_and_all_lie_within(seed: int) -> None:
     batch = rows(6, seed)
