@@ -364,7 +364,7 @@ def check(name: str, inputs: Inputs, sanitized: Any, monkeypatch: pytest.MonkeyP
     tolerance = 1e-3 if inputs.dtype == torch.float32 else 2e-2
     for a, b in zip(_all(found), _all(expected), strict=True):
         assert a.shape == b.shape
-        scale = b.double().nan_to_num(0.0).norm() + 1e-3
+        scale = b.double().nan_to_num(0.0).norm() + 1e-2  # of terms near 1 that may cancel
         assert not (b.isnan() & ~a.isnan()).any(), "NaN is lost"
         if inputs.has_nan and a.dim() and len(a) == inputs.sizes.s:
             # 0 * NaN: which numbers of its own sample it reaches is the form's affair.
