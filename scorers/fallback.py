@@ -28,6 +28,7 @@ from curate.scorers.parts import Full, Gradient
 from curate.scorers.plan import CallAxes
 from curate.scorers.prepared import canonical_name
 from curate.scorers.rows import count_rows, select_rows
+from curate.scorers.split_head import handing_on, split_now, stand_in
 from curate.scorers.taps import Replan, anchored, listen
 
 Consume = Callable[[Gradient], None]
@@ -42,6 +43,14 @@ class Caught:
     casting: Casting
     grads: dict[int, Tensor]
     """By position among the output's tensors."""
+    split: nn.Linear | None
+    """The head that handed its input on."""
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within: automatic casting and the head are as they were."""
+        with self.casting.again(), handing_on(self.split):
+            yield
 
 
 class Catcher:
@@ -73,7 +82,8 @@ class Catcher:
         leaves, spec = tree_flatten((args, kwargs))
         # Copies: the model may overwrite its activations before we come back to them.
         kept = [x.detach().clone() if isinstance(x, Tensor) else _plain(x) for x in leaves]
-        self.calls[name].append(Caught(kept, spec, Casting.now(self._anchor.device), {}))
+        casting = Casting.now(self._anchor.device)
+        self.calls[name].append(Caught(kept, spec, casting, {}, split_now()))
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return self._outputs(self.calls[name][-1], module, args, output)
@@ -87,8 +97,8 @@ class Catcher:
                 continue
             if leaf.is_floating_point():
                 # A clone: an output may be one of the inputs, or a view that is changed later.
-                leaf = leaf.clone() if leaf._is_view() or not leaf.requires_grad else leaf
-                leaf = anchored(leaf, self._anchor)
+                if leaf._is_view() or not leaf.requires_grad:
+                    leaf = stand_in(leaf, anchored(leaf.clone(), self._anchor))
                 if caught is not None:
                     listen(leaf, partial(caught.grads.__setitem__, at))
                 leaves[i] = leaf
@@ -164,7 +174,7 @@ class Replay:
                 continue
             args, kwargs = tree_unflatten(self._slice(call, index), call.spec)
             with _differentiable(params):
-                with call.casting.again():
+                with call.again():
                     outputs = _tensors(module(*args, **kwargs))
                 pairs = [(outputs[i], self._grad(call, i, index)) for i in call.grads]
                 pairs = [(o, g) for o, g in pairs if o.requires_grad]
@@ -207,7 +217,7 @@ class Replay:
             args, kwargs = tree_unflatten(leaves, call.spec)
 
             def forward(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                with call.casting.again():
+                with call.again():
                     outputs = _tensors(functional_call(module, p, args, kwargs))
                 return tuple(outputs[i] for i in call.grads)
 

@@ -3,7 +3,9 @@
 Shapes: S sequences, T tokens, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +15,7 @@ from curate.scorers.memory import is_out_of_memory
 
 _DECIDED: WeakKeyDictionary[nn.Module, tuple[nn.Module, bool]] = WeakKeyDictionary()
 """Of each model the layer that was tried, and whether the model hands on what it gives."""
+_NOW: ContextVar[nn.Linear | None] = ContextVar("split", default=None)
 
 
 def split_head(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, nn.Linear | None]:
@@ -35,31 +38,67 @@ def split_head(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, nn.
     ):
         return run(), None
     passed: list[Tensor] = []
-    versions: list[int] = []
+    this_run = object()  # not the list: tensors in a circle would outlive the pass
 
     def hand_on(hidden: Tensor) -> Tensor:
-        passed.append(hidden.view_as(hidden))
-        versions.append(passed[-1]._version)
+        passed.append(_marked(hidden.view_as(hidden), this_run))
         return passed[-1]
 
-    head.forward = hand_on  # type: ignore[method-assign,assignment]
     out: Tensor | None = None
     try:
-        out = run()
+        with handing_on(head, hand_on):
+            out = run()
     except Exception as error:
         # The model may not bear what is no logits; if it is something else, it comes again.
         if not is_new or is_out_of_memory(error):
             raise
-    finally:
-        del head.forward
-    # A version counts what is changed in place: by logits of the same size, as `logits /= 2` does.
-    whole = len(passed) == 1 and out is passed[0] and passed[0]._version == versions[0]
-    if whole and out is not None:
+    whole = len(passed) == 1 and _is_marked(passed[0], this_run)
+    if whole and out is not None and _is_marked(out, this_run):
         _DECIDED[model] = head, True
         return out, head
     out = run()
     _DECIDED[model] = head, False
     return out, None
+
+
+def split_now() -> nn.Linear | None:
+    """Return the layer that hands its input on at this moment."""
+    return _NOW.get()
+
+
+@contextmanager
+def handing_on(
+    head: nn.Linear | None, forward: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Iterator[None]:
+    """Within: this layer, if any, hands its input on."""
+    if head is None:
+        yield
+        return
+    head.forward = forward  # type: ignore[method-assign,assignment]
+    before = _NOW.set(head)
+    try:
+        yield
+    finally:
+        _NOW.reset(before)
+        del head.forward
+
+
+def stand_in(given: Tensor, new: Tensor) -> Tensor:
+    """Return `new`, which a hook puts in place of a value of the same content."""
+    return _marked(new, given.__dict__["_curate_split"][0]) if _is_marked(given) else new
+
+
+def _marked(x: Tensor, owner: object) -> Tensor:
+    # A version counts what is changed in place, as by `logits /= 2`, which hidden states bear too.
+    x.__dict__["_curate_split"] = owner, x._version
+    return x
+
+
+def _is_marked(x: Tensor, owner: object = None) -> bool:
+    found, version = x.__dict__.get("_curate_split", (None, None))
+    if found is None or x.is_inference():
+        return False
+    return version == x._version and (owner is None or found is owner)
 
 
 def _last_linear(model: nn.Module) -> nn.Linear | None:

@@ -1,5 +1,7 @@
 """Models whose last linear layer is not what their logits come from, or only nearly so."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -277,3 +279,45 @@ def test_rows_in_no_known_place_of_the_head_are_taken_one_by_one(kit) -> None:
     engine = Engine(model, flat, [Signal("grad_sq_norm"), Signal("el2n_seq")])
     engine(batch)
     assert engine.paths["table.weight"] == "row by row"
+
+
+@pytest.mark.parametrize("only", ["", "scale"])
+def test_a_parameter_that_goes_through_the_whole_model_leaves_the_head_split(
+    only: str, kit
+) -> None:
+    """There the model's output is caught by a hook, which puts another tensor in its place."""
+
+    class Divided(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(WIDTH) + 1)
+
+        def hidden(self, ids: Tensor) -> Tensor:
+            return super().hidden(ids) / self.scale
+
+    model, batch = Divided().double(), make_batch()
+    for name, p in model.named_parameters():
+        p.requires_grad_(only in name)
+    agrees_with_autograd(model, batch, kit)
+    engine = Engine(model, fused, [Signal("grad_sq_norm"), Signal("el2n_seq")])
+    engine(batch)
+    assert engine.paths["scale"] == "vmap: model"
+    assert only or engine.paths["head.weight"] == "analytic: linear_head"
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert is_split(model, batch)
+
+
+def test_nothing_of_a_pass_outlives_it() -> None:
+    model, batch = Language(), make_batch()
+    model.requires_grad_(False)
+    gc.collect()
+    gc.disable()
+    try:
+        out, head = split_head(model, lambda: model(batch.inputs["ids"]))
+        gone = weakref.ref(out)
+        assert head is model.head
+        del out
+        assert gone() is None, "without the collector of circles"
+    finally:
+        gc.enable()
