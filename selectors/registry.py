@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from curate.selectors.protocol import Selector
+from curate.selectors.settings import made
 
 SELECTORS = {
     "balanced": "curate.selectors.balanced:Balanced",
@@ -42,7 +43,7 @@ def make_selector(name: str, **params: Any) -> Selector:
     """Return the selector of that name with these hyper-parameters.
 
     Raises:
-        ValueError: the name is unknown, a parameter is not the method's, or one is missing.
+        ValueError: the name is unknown, a parameter is not the method's, wrong or missing.
     """
     cls = _selector_class(name)
     known = [f.name for f in fields(cls)]
@@ -50,10 +51,7 @@ def make_selector(name: str, **params: Any) -> Selector:
         if key not in known:
             takes = ", ".join(known)
             raise ValueError(f"method {name!r} has no parameter {key!r}; it takes: {takes}")
-    try:
-        selector: Selector = cls(**params)
-    except TypeError as problem:
-        raise ValueError(f"method {name!r}: {str(problem).partition('() ')[2]}") from None
+    selector: Selector = made(f"method {name!r}", cls, params)
     return selector
 
 

@@ -52,6 +52,8 @@ def schedule(
         raise ValueError(f"{folder.uri} is the manifest to read; choose another folder")
     asked = dict(params or {})
     by_group = asked.pop("by_group", None) if rule == "cooldown" else None
+    if not isinstance(by_group, str | None):
+        raise ValueError(f"by_group must name a column of the corpus, not {by_group!r}")
     if rule == "curriculum":
         asked = _curriculum_params(opened, epochs, asked)
     selection = opened.content["selection"]

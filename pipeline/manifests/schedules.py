@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from curate.pipeline.manifests.places import Places
 from curate.pipeline.manifests.visits import Visits
+from curate.selectors.settings import made
 
 SCHEDULES = {
     "rs2": "curate.pipeline.manifests.rs2:Rs2",
@@ -69,8 +70,9 @@ def make_schedule(
             raise ValueError(
                 f"schedule {rule!r} has no parameter {key!r}; it takes: {', '.join(known)}"
             )
-    made: Schedule = cls(seed=seed, epochs=epochs, **(params or {}))
-    return made
+    settings = {"seed": seed, "epochs": epochs, **(params or {})}
+    schedule: Schedule = made(f"schedule {rule!r}", cls, settings)
+    return schedule
 
 
 def schedule_content(rule: str, schedule: Schedule) -> dict[str, Any]:

@@ -119,6 +119,11 @@ def _request(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"the seed must be a whole number from 0, not {seed!r}")
     fields = selector_fields(method)
+    for name, text in (("by", by), ("by_group", asked.get("by_group"))):
+        if not isinstance(text, str | None):
+            raise ValueError(f"{name} must name a column of the score table, not {text!r}")
+    if "carry" in asked:
+        raise ValueError("carry is no setting of a selection; manifests carry what they need")
     if budget is None and method != "threshold":
         raise ValueError("say how much to keep: --budget 0.5, 50%, 10000 or 2e9tok")
     amount = parse_budget(1.0 if budget is None else budget)
