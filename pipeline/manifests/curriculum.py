@@ -24,8 +24,9 @@ _CURRICULUM = 22  # what a key is for
 class Curriculum(Settled):
     """Rows by difficulty: a pool that grows from epoch to epoch, and stages within an epoch.
 
-    Epoch e of E draws on the first share min(1, start + (1 - start) e / (full E)) of the rows in
-    the curriculum's order (the linear pacing of Wu, Dyer and Neyshabur, ICLR 2021, section 2).
+    Epoch e of E draws on the first share min(1, start + (1 - start) e / min(full E, E - 1)) of the
+    rows in the curriculum's order (the linear pacing of Wu, Dyer and Neyshabur, ICLR 2021, section
+    2, complete in the last epoch at the latest).
     Every epoch has K presentations, as without a curriculum, so that steps and rate schedule stay:
     rows of a small pool are shown more often, all equally often up to one. The pool is cut into
     `stages` of equal size by difficulty, shown one after the other; within a stage the order is
@@ -82,7 +83,9 @@ class Curriculum(Settled):
     def share(self, epoch: int) -> float:
         """Return which share of the rows, from the curriculum's start, the epoch draws on."""
         assert self.epochs is not None, "checked at the start"
-        return min(1.0, self.start + (1 - self.start) * epoch / (self.full * self.epochs))
+        # Complete in the last epoch at the latest, so that no row is never shown.
+        length = max(1.0, min(self.full * self.epochs, self.epochs - 1))
+        return min(1.0, self.start + (1 - self.start) * epoch / length)
 
     def _place(self, places: Places) -> Callable[[int], Int64[ndarray, " n"]]:
         """Return the function that gives each position of a group its place in the curriculum."""
