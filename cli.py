@@ -7,6 +7,7 @@ Results go to stdout (`--json` for machines), everything else to stderr. Exit co
 import contextlib
 import json
 import logging
+import re
 import signal
 import sys
 import traceback
@@ -792,8 +793,22 @@ def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{flag} {item!r} is not KEY=VALUE")
-        pairs[key] = yaml.safe_load(value)
+        try:
+            pairs[key] = yaml.load(value, _Values)
+        except yaml.YAMLError:
+            raise ValueError(f"{flag} {item!r}: cannot read {value!r}") from None
     return pairs
+
+
+class _Values(yaml.SafeLoader):
+    """YAML that takes 1e-3 for a number, as version 1.2 does, and not for a text."""
+
+
+_Values.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def _names(text: str | None) -> list[str] | None:

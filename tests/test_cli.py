@@ -369,6 +369,15 @@ class TestBadInput:
             assert answer.code == 2 and word in answer.sentence, command
 
 
+def test_values_are_yaml_in_which_1e_3_is_a_number() -> None:
+    items = ["a=1e-3", "b={de: 1E2}", "c=.5e1", "d=e3", "e=[1, 2e0]", 'f="1e3"', "g=1e"]
+    assert cli._pairs(items, "--param") == {
+        "a": 0.001, "b": {"de": 100.0}, "c": 5.0, "d": "e3", "e": [1, 2.0], "f": "1e3", "g": "1e"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"--param 'a=\{b': cannot read '\{b'"):
+        cli._pairs(["a={b"], "--param")
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
