@@ -155,6 +155,8 @@ def _planned(job: Export, folder: Folder) -> dict[str, Any]:
         "manifest": {"path": job.manifest.path, "digest": job.manifest.digest},
         "wish": job.wish.content(),
     }
+    if folder.exists(PLAN) and not _is_begun(folder):
+        folder.delete(PLAN)  # refused at its first unit, say: nothing there is anybody's
     if folder.exists(PLAN):
         there = folder.read_json(PLAN)
         for key, new in (("another manifest", "manifest"), ("other settings", "wish")):
@@ -175,6 +177,12 @@ def _planned(job: Export, folder: Folder) -> dict[str, Any]:
     plan: dict[str, Any] = folder.read_json(PLAN)
     keys = ("number", "start", "stop", "rows", "count")
     return {**plan, "units": [{k: u[k] for k in keys} for u in plan["units"]]}
+
+
+def _is_begun(folder: Folder) -> bool:
+    """Return whether any file of the plan in the folder is there."""
+    files = [name for unit in folder.read_json(PLAN)["units"] for name in unit["files"]]
+    return folder.exists(SUCCESS) or any(folder.exists(name) for name in files)
 
 
 def _empty(unit: Unit, job: Export, units: int) -> Written:

@@ -289,6 +289,20 @@ def test_a_finished_export_is_found_again_and_another_one_is_refused(make_select
     assert read_parquet(tmp_path / "out") == listed(other)
 
 
+def test_an_export_refused_before_its_first_file_leaves_the_folder_free(
+    make_selection, tmp_path, monkeypatch
+):
+    def refusing(*_):
+        raise ValueError("row 0 does not fit the format")
+
+    original = module.export_unit
+    monkeypatch.setattr(module, "export_unit", refusing)
+    with pytest.raises(ValueError, match="does not fit"):
+        export(make_selection(), "parquet", tmp_path / "out")
+    monkeypatch.setattr(module, "export_unit", original)
+    assert export(make_selection(), "jsonl", tmp_path / "out", columns=PLAIN).to == "jsonl"
+
+
 def test_damage_is_found(make_selection, tmp_path):
     export(make_selection(), "parquet", tmp_path / "out", unit_rows=60)
     part = tmp_path / "out" / "part-00001.parquet"
