@@ -200,7 +200,7 @@ class _Request:
             total, rows = total + float(weight.sum()), rows + len(weight)
         if not rows:
             names = ", ".join(m.path for m in self.manifests)
-            raise ValueError(f"nothing is left: the {self.method} of {names} is empty")
+            raise ValueError(f"nothing is left: {self.method} of {names} gives no row")
         make_free(folder)
         scale = rows / total if self._is_relative and total > 0 else 1.0
         try:
@@ -343,7 +343,8 @@ def _one_kind(manifests: Sequence[Manifest]) -> str:
         if other.weight_kind != first.weight_kind:
             raise ValueError(
                 f"{first.path} has weights of kind {first.weight_kind!r} and {other.path} of kind "
-                f"{other.weight_kind!r}, which do not combine; bring both to one kind first"
+                f"{other.weight_kind!r}, which do not combine; select again with the same "
+                "--weight-kind"
             )
     return first.weight_kind
 
