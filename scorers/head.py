@@ -45,7 +45,9 @@ def _targets(outputs: Outputs) -> Tensor:
 def _gathered(outputs: Outputs, gathered: Gathered) -> TokenStatistics | None:
     if outputs.logits is not None:
         return gathered.statistics(outputs.logits)
-    return gathered.head
+    # A loss may call the head several times: then those of the hidden states that are shown.
+    kept = None if outputs.hidden is None else gathered.statistics(outputs.hidden)
+    return gathered.head if kept is None else kept
 
 
 def _token_statistics(outputs: Outputs, targets: Tensor) -> TokenStatistics:

@@ -46,7 +46,8 @@ class HeadCall:
 
     def __call__(self) -> Tensor:
         """Return the loss of each token, in the shape of the targets."""
-        hidden, self._hidden = self._hidden, self._hidden.detach()
+        given = hidden = self._hidden
+        self._hidden = hidden.detach()
         targets = self.targets
         if not self._by_row:
             hidden, targets = hidden.reshape(-1, 1, hidden.shape[-1]), targets.reshape(-1, 1)
@@ -59,6 +60,7 @@ class HeadCall:
         gathered, statistics = active_gathering(), self.sums.statistics
         if gathered is not None and statistics is not None:
             gathered.head = TokenStatistics(*(self._as_given(x) for x in statistics))
+            gathered.keep(given, gathered.head)
         # A row without targets may have an infinite seed (1 / 0): no gradient, as of its logits.
         return self._as_given(loss).masked_fill(self.targets == IGNORE, 0.0)
 

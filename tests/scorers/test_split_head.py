@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -321,3 +322,18 @@ def test_nothing_of_a_pass_outlives_it() -> None:
         assert gone() is None, "without the collector of circles"
     finally:
         gc.enable()
+
+
+def test_a_loss_of_two_calls_of_the_model_shows_the_statistics_of_its_own_one() -> None:
+    """A preference: the second call is of the rejected text, the outputs are of the chosen."""
+
+    def preference(model: nn.Module, batch: Batch) -> Outputs:
+        chosen = fused(model, batch)
+        rejected = fused(model, replace(batch, inputs={"ids": batch.inputs["ids"].flip(1)}))
+        return replace(chosen, loss=-nn.functional.logsigmoid(rejected.loss - chosen.loss))
+
+    model, batch = Language(tied=True).double(), make_batch()
+    want = signals(model, batch, plain, ["el2n", "entropy"])
+    got = signals(model, batch, preference, ["el2n", "entropy", "grad_norm"])
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
