@@ -84,6 +84,11 @@ class EpochSampler(Sampler[int]):
     def __init__(self, source: RowSource, reading: Reading) -> None:
         self._source, self.reading, self._start = source, reading, 0
 
+    @property
+    def follows_weights(self) -> bool:
+        """Whether rows are shown as often as their weights say, which are then no loss weights."""
+        return self._source.weight_kind in ("sampling", "repeat")
+
     def __len__(self) -> int:
         """Samples of this rank in the epoch, from where the next `iter` starts."""
         return self.reading.steps(self._length - self._start)

@@ -36,7 +36,8 @@ class WeightedLoss(_Base):
     `weight` is a column of the data set, [B], or [B, T] where a collator packed documents (aligned
     with `labels`; a token's weight is that of the token predicted). Rows without it weigh 1. Give
     `train_sampler` the `EpochSampler` of a manifest to show rows as its weights of kind `sampling`
-    or `repeat`, or its schedule, say; without one Trainer shows every row once, in its own order.
+    or `repeat`, or its schedule, say; weights that it follows are not multiplied into the loss
+    again. Without one Trainer shows every row once, in its own order, and weighs by any kind.
 
     Labels are class numbers [B], token numbers [B, T] (shifted for causal models), or float targets
     (squared error [B]; sigmoid cross-entropy [B, C]).
@@ -76,6 +77,9 @@ class WeightedLoss(_Base):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
         """Return a step's batches and its whole weight: rows, or weighted target tokens."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        if getattr(self.train_sampler, "follows_weights", False):
+            for batch in batches:  # the sampler has weighed already
+                batch.pop(WEIGHT, None)
         if not batches or "labels" not in batches[0]:
             return batches, None
         total = torch.stack([self._mass(batch) for batch in batches]).sum()

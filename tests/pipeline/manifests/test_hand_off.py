@@ -175,9 +175,10 @@ class TestWeightedTrainer:
             seen: Counter[int] = Counter()
 
             class Watched(WeightedTrainer):
-                def compute_loss(self, model, inputs, *args, seen=seen, **kwargs):
+                def compute_loss(self, model, inputs, *args, seen=seen, kind=kind, **kwargs):
                     seen.update(inputs["array"][:, 0].int().tolist())
-                    assert "weight" in inputs  # Trainer did not drop it
+                    # Trainer did not drop it; where the sampler weighs, it is not applied again.
+                    assert ("weight" in inputs) == (kind == "loss")
                     return super().compute_loss(model, inputs, *args, **kwargs)
 
             sampler = manifest.as_map().sampler() if kind == "repeat" else None
@@ -189,6 +190,19 @@ class TestWeightedTrainer:
             ).train()
             times = {x: 1 if kind == "loss" else int(w) for x, w in listed(manifest).items()}
             assert seen == {x: 2 * n for x, n in times.items() if n}
+
+    @pytest.mark.parametrize("kind", ["repeat", "sampling"])
+    def test_weights_that_the_sampler_follows_are_not_applied_twice(self, classes, tmp_path, kind):
+        manifest, rows = classes(kind, kept=50)
+        trained = []
+        for data in (rows, rows.remove_columns("weight")):
+            torch.manual_seed(0)
+            model = Linear()
+            made = arguments(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+            sampler = manifest.as_map().sampler(seed=3)
+            WeightedTrainer(model, made, train_dataset=data, train_sampler=sampler).train()
+            trained.append(model.layer.weight.detach())
+        torch.testing.assert_close(*trained, rtol=0, atol=0)
 
     @pytest.mark.parametrize("packed", [False, True])
     def test_language_is_the_mean_over_weighted_target_tokens(self, tmp_path, packed):
