@@ -116,9 +116,9 @@ class Columns(Readout):
     ) -> Float[Tensor, "r p u"]:
         assert self._sum is not None, "no tile was added"
         shape = self._targets.shape
-        out = self._sum.mT * scale.view(*shape, 1)
+        out = self._sum.mT.mul_(scale.view(*shape, 1))
         is_target = self._ids[:, None] == self._targets[..., None]
-        return torch.where(is_target, e_y.view(*shape, 1), out)
+        return torch.where(is_target, e_y.view(*shape, 1).to(out.dtype), out, out=out)
 
 
 class Gram(Readout):

@@ -118,7 +118,9 @@ def linear_cross_entropy(
     loss, sums = head_pass(flat, weight, bias, targets.reshape(1, -1), wants)
     if gathered is not None and sums.statistics is not None:
         gathered.head = TokenStatistics(*(x.view(targets.shape) for x in sums.statistics))
-    return loss.view(targets.shape)
+        gathered.keep(hidden, gathered.head)
+    # A row without targets may have an infinite seed (1 / 0): no gradient, as of its logits.
+    return loss.view(targets.shape).masked_fill(targets == IGNORE, 0.0)
 
 
 def head_pass(
