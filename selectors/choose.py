@@ -119,9 +119,16 @@ class Choice:
         """Return the first rows of each group; `share(totals, amount)` divides the budget."""
         ordering = self.counted(ordering, budget)
         amount = amount_of(budget, ordering)
-        (front,), totals = find_cuts(ordering, lambda totals: [share(totals, amount)])
+        parts: list[Int64[ndarray, " g"]] = []
+
+        def divided(totals: Int64[ndarray, " g"]) -> list[Int64[ndarray, " g"]]:
+            parts.append(share(totals, amount))
+            return parts
+
+        (front,), totals = find_cuts(ordering, divided)
         supply = int(totals.sum())
-        _check_supply(budget, amount, supply, may_fall_short)
+        # Groups without a share may be all that is left.
+        _check_supply(budget, amount, min(supply, int(parts[0].sum())), may_fall_short)
         weights = None if weigh is None else weigh(front, min(1.0, amount / max(1, supply)))
         rows = _emit(ordering, front.mask(), self.carry, weights)
         return Selection(finished(rows, ranked=False), _ties(front))
@@ -144,7 +151,8 @@ class Choice:
             return [start, start + size]
 
         (before, kept), totals = find_cuts(ordering, window)
-        _check_supply(budget, amount, int(totals.sum()), may_fall_short=False)
+        supply = int(divide(totals, amount).sum())
+        _check_supply(budget, amount, supply, may_fall_short=False)
         inside = _between(before, kept)
         if ordering.by_tokens:  # the part before ends at a whole row: cut from there
             size = divide(totals, amount)

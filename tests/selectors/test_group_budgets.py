@@ -266,3 +266,19 @@ def test_impossible_least_shares_and_unknown_groups_are_said(make_table):
         choose(min_shares={"x": 0.1})
     with pytest.raises(ValueError, match="no column 'colour'"):
         make_selector("top", by="score", by_group="colour").select(table, Budget("rows", 1), rng())
+
+
+@pytest.mark.parametrize("method", ["top", "importance", "moderate", "stratified"])
+def test_groups_without_a_share_that_leave_the_budget_unfilled_are_no_secret(
+    make_table, caplog, method
+):
+    lang = pa.array(["a", "a", "b", "b", "b", "b"])
+    tokens = pa.array([2] * 6, pa.int32())
+    table = make_table(np.arange(1, 7), lang=lang, tokens=tokens)
+    shares = dict(by="score", by_group="lang", group_shares={"a": 1.0})
+    selector = make_selector(method, **shares)
+    batches = list(selector.select(table, Budget("rows", 4), rng()).batches)
+    assert sum(batch.num_rows for batch in batches) == 2
+    assert "the budget is 4 rows, only 2 can be chosen" in caplog.text
+    with pytest.raises(ValueError, match="8 tokens is more than the 4 tokens that can be chosen"):
+        selector.select(table, Budget("tokens", 8), rng())
