@@ -49,18 +49,24 @@ class Counts:
 class Census:
     """A score table that is counted during its first scan, at no further scan's cost.
 
-    `all` counts every row, `able` those without error (which a random selection would choose
-    from), `kept` the rows given to `keep`. `by` and `group` are columns of the table or None.
+    `all` counts every row, `able` those that a random selection would choose from (without error,
+    unless `include_errors`), `kept` the rows given to `keep`. `by` and `group` are columns of the
+    table or None.
     """
 
     def __init__(
-        self, table: Table, by: str | None, group: str | None, by_tokens: bool = False
+        self,
+        table: Table,
+        by: str | None,
+        group: str | None,
+        by_tokens: bool = False,
+        include_errors: bool = False,
     ) -> None:
         self._table, self.by, self.group, self.by_tokens = table, by, group, by_tokens
         self.all, self.able, self.kept = Counts(), Counts(), Counts()
         self._numbers = GroupNumbers(group or "")
         self._weighted = self._weights = 0.0
-        self._is_counted = False
+        self._is_counted, self._include_errors = False, include_errors
 
     @property
     def rows(self) -> int:
@@ -85,7 +91,9 @@ class Census:
         error = ["error"] if "error" in self.schema.names else []
         for batch in self._table.scan(list(dict.fromkeys([*columns, *self.columns, *error]))):
             self._count(self.all, batch)
-            able = batch.filter(batch.column("error").is_null()) if error else batch
+            able = batch
+            if error and not self._include_errors:
+                able = batch.filter(batch.column("error").is_null())
             self._count(self.able, able)
             yield batch.select(columns)
         self._is_counted = True

@@ -345,7 +345,9 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 def _write(request: Request, folder: Folder) -> Manifest:
     folder.clean_tmp()
-    census = Census(request.table, request.by, request.group, request.budget.kind == "tokens")
+    by_tokens = request.budget.kind == "tokens"
+    include_errors = bool(getattr(request.selector, "include_errors", False))
+    census = Census(request.table, request.by, request.group, by_tokens, include_errors)
     rng = np.random.default_rng(request.seed)
     selection = request.selector.select(census, request.budget, rng)
     made = str(selection.params.get("weight_kind", "none"))

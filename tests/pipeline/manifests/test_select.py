@@ -302,6 +302,7 @@ def test_token_budgets_and_failed_rows(tmp_path, corpus, values):
     everything = select(table, budget=1.0, out=tmp_path / "all")
     assert len(everything) == 98 and not {3, 70} & set(positions(everything))
     errors = select(table, budget=1.0, include_errors=True, out=tmp_path / "with")
+    assert errors.summary["random"]["overlap"] == 1  # a random one may keep them, too
     assert len(errors) == 100
     with pytest.raises(ValueError, match="no row fits the budget"):
         hardest = int(np.nanargmax(values))
