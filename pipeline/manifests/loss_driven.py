@@ -93,11 +93,13 @@ class LossDriven(ABC):
         """Note the losses of rows (unweighted), as numbers or tensors.
 
         Raises:
-            ValueError: as many losses as rows are expected, and finite ones.
+            ValueError: as many losses as rows are expected, finite ones, and rows of the schedule.
         """
         at, found = _array(positions).astype(np.int64), _array(losses).astype(np.float32)
         if at.shape != found.shape:
             raise ValueError(f"{len(at)} rows and {found.size} losses; one loss for each row")
+        if len(at) and not (0 <= at.min() and at.max() < self.rows):
+            raise ValueError(f"a row is outside the {self.rows} rows of the schedule")
         if not np.isfinite(found).all():
             raise ValueError(f"{int((~np.isfinite(found)).sum())} losses are not finite")
         self.losses[at] = found

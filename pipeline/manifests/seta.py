@@ -38,9 +38,10 @@ class SeTa(LossDriven):
         super().__init__(rows, epochs, seed)
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), not {ratio!r}")
-        if groups < 1 or not 0 < window <= 1:
+        if not isinstance(groups, int) or groups < 1 or not 0 < window <= 1:
             raise ValueError(
-                f"groups must be at least 1 and window in (0, 1], not {groups!r} and {window!r}"
+                "groups must be a whole number from 1 and window in (0, 1], "
+                f"not {groups!r} and {window!r}"
             )
         if not 0 <= delta <= 1:
             raise ValueError(f"delta must be a share of the epochs in [0, 1], not {delta!r}")

@@ -190,6 +190,10 @@ class TestBoth:
             sampler.update(np.array([1, 2]), np.array([0.5]))
         with pytest.raises(ValueError, match="1 losses are not finite"):
             sampler.update(np.array([1, 2]), np.array([0.5, np.nan]))
+        for row in (-1, 10):
+            with pytest.raises(ValueError, match="a row is outside the 10 rows"):
+                sampler.update(np.array([1, row]), np.array([0.5, 0.5]))
+        assert (sampler.losses == 3).all()
         with pytest.raises(ValueError, match="another schedule: rows 9, here 10"):
             sampler.load_state_dict(cls(9, epochs=3).state_dict())
         for wrong in ({"ratio": 1.0}, {"delta": 2.0}, {"rows": 0}, {"epochs": 0}):
