@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curate.scorers.passes import Needs, Passes
+from curate.scorers.needs import Needs
+from curate.scorers.passes import Passes
 from curate.scorers.protocol import IGNORE, Batch
 from curate.scorers.readouts import sq_norm
 

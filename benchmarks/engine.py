@@ -30,7 +30,7 @@ from shapes import SHAPES, Shape, outputs, plain_loss
 from timing import Run, in_turns, machine, ratios
 from torch import nn
 
-from curate.scorers.passes import Needs
+from curate.scorers.needs import Needs
 from curate.scorers.protocol import Batch
 from curate.scorers.readouts import Readout, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import WatchedModel

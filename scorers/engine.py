@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curate.scorers.fallback import summed_gradient
 from curate.scorers.head import STATISTICS
-from curate.scorers.passes import Harvest, Needs
+from curate.scorers.needs import Harvest, Needs
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
 from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal

@@ -5,13 +5,12 @@ Where the gradient of the target logit is asked for, it has a backward pass of i
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -22,6 +21,7 @@ from curate.scorers.fallback import Catcher, Replay, whole_model_rows
 from curate.scorers.head import HeadWatch, row_statistics
 from curate.scorers.head_uses import HeadCall, head_wants
 from curate.scorers.logit_grad import Given, LogitGradient, logit_gradient
+from curate.scorers.needs import Harvest, Needs
 from curate.scorers.parts import (
     Full,
     Gradient,
@@ -42,59 +42,6 @@ from curate.scorers.taps import Lookups, Replan, Taps, Tracer, UseKey, anchored
 from curate.scorers.uses import Use
 
 log = logging.getLogger("curate.engine")
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What is to be read off a pass."""
-
-    readouts: Mapping[str, tuple[frozenset[str], Readout]] = field(default_factory=dict)
-    """By a name of their own: the parameters each is wanted of, and what is read off them."""
-    statistics: bool = False
-    logit_norm: bool = False
-    alignment: bool = False
-    hidden: bool = False
-    input_grad: bool = False
-    logit_grad: bool = False
-
-    @property
-    def params(self) -> frozenset[str]:
-        return frozenset().union(*(names for names, _ in self.readouts.values()))
-
-    @property
-    def head(self) -> bool:
-        return self.alignment or self.hidden
-
-    @property
-    def of_loss(self) -> bool:
-        """Whether the loss is differentiated."""
-        return bool(self.params) or self.logit_norm or self.alignment or self.input_grad
-
-    @property
-    def differentiates(self) -> bool:
-        return self.of_loss or self.logit_grad
-
-    @property
-    def inputs(self) -> bool:
-        """Whether gradients of the model's inputs are wanted."""
-        return self.input_grad or self.logit_grad
-
-
-@dataclass
-class Harvest:
-    """What was read off a pass, everything per row."""
-
-    loss: Float[Tensor, " b"]
-    readouts: dict[str, dict[str, Tensor]]
-    """Per readout and parameter. A parameter that the loss does not depend on is absent."""
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-    logit_norm: Float[Tensor, " b"] | None = None
-    alignment: Float[Tensor, " b"] | None = None
-    hidden: Tensor | None = None
-    targets: Tensor | None = None
-    row_ids: Tensor | None = None
-    input_grad: dict[str, Tensor] = field(default_factory=dict)
-    logit_grad: LogitGradient | None = None
 
 
 @dataclass

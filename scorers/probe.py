@@ -17,7 +17,8 @@ from curate.scorers.casting import Coarsest
 from curate.scorers.discover import make_plan
 from curate.scorers.fallback import whole_model_rows
 from curate.scorers.memory import is_out_of_memory
-from curate.scorers.passes import Harvest, Needs, Passes
+from curate.scorers.needs import Harvest, Needs
+from curate.scorers.passes import Passes
 from curate.scorers.plan import WHOLE
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.readouts import sq_norm

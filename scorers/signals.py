@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curate.kernels.grad_norm import accumulable
 from curate.kernels.sparse_projection import MOST_OUTPUTS
 from curate.scorers.head import STATISTICS
-from curate.scorers.passes import Harvest, Needs
+from curate.scorers.needs import Harvest, Needs
 from curate.scorers.prepared import named_parameters
 from curate.scorers.protocol import IGNORE
 from curate.scorers.readouts import Dots, Projection, TwoSidedSketch, sq_norm

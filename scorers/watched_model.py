@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curate.scorers.passes import Harvest, Passes
+from curate.scorers.needs import Harvest
+from curate.scorers.passes import Passes
 from curate.scorers.plan import Plan, summary
 from curate.scorers.prepared import bare, canonical_name, named_parameters
 from curate.scorers.probe import PROBE_ROWS, discover, verify

@@ -20,8 +20,8 @@ from torch import Tensor
 from curate.kernels.grad_tiles import rotated_sq_norm
 from curate.kernels.rademacher import stream_key
 from curate.kernels.sparse_projection import sparse_project
+from curate.scorers.needs import Needs
 from curate.scorers.parts import Gradient
-from curate.scorers.passes import Needs
 from curate.scorers.protocol import IGNORE, Batch
 from curate.scorers.readouts import Projection, Readout, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import WatchedModel
