@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt32
 from numpy import ndarray
 
+from curate.selectors.ranks import append_records
 from curate.selectors.score_keys import UNSCORED
 
 BLOCK_ROWS = 1 << 21
@@ -62,7 +63,7 @@ def write_average_ranks(folder: Path) -> RankFile:
         keys = _read_keys(folder, start)
         records = np.empty(len(keys), dtype=_KEYED)
         records["at"], records["key"] = np.arange(start, start + len(keys)), keys
-        _deal(folder, "bucket", bucket_of[keys >> 16], records)
+        append_records(folder, "bucket", bucket_of[keys >> 16], records)
     below = 0
     for bucket in range(int(bucket_of[-1]) + 1):
         below = _rank_bucket(folder, bucket, below)
@@ -124,17 +125,7 @@ def _rank_bucket(folder: Path, bucket: int, below: int) -> int:
 def _hand_out(folder: Path, at: Int64[ndarray, " n"], ranks: Float64[ndarray, " n"]) -> None:
     records = np.empty(len(at), dtype=_RANKED)
     records["at"], records["rank"] = at, ranks
-    _deal(folder, "block", at // BLOCK_ROWS, records)
-
-
-def _deal(folder: Path, name: str, target: Int64[ndarray, " n"], records: ndarray) -> None:
-    """Append each record to the file of its target."""
-    order = np.argsort(target, kind="stable")
-    target, records = target[order], records[order]
-    begins = np.flatnonzero(np.diff(target, prepend=-1))
-    for piece, index in zip(np.split(records, begins[1:]), target[begins], strict=True):
-        with (folder / f"{name}-{index}").open("ab") as file:
-            piece.tofile(file)
+    append_records(folder, "block", at // BLOCK_ROWS, records)
 
 
 def _read_keys(folder: Path, start: int) -> UInt32[ndarray, " n"]:

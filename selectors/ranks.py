@@ -81,7 +81,7 @@ def _on_disk(folder: Path, total: int) -> Iterator[Int32[ndarray, " n"]]:
     for keys in _blocks(folder / "keys", np.dtype("<u4")):
         records = np.empty(len(keys), dtype=_KEYED)
         records["at"], records["key"] = np.arange(at, at + len(keys)), keys
-        _append(folder, "bucket", bucket_of[keys >> 16], records)
+        append_records(folder, "bucket", bucket_of[keys >> 16], records)
         at += len(keys)
     base = 0
     for bucket in range(int(bucket_of[-1]) + 1):
@@ -135,10 +135,10 @@ def _rank_bucket(folder: Path, path: Path, base: int) -> int:
 def _hand_out(folder: Path, at: Int64[ndarray, " n"], ranks: Int64[ndarray, " n"]) -> None:
     records = np.empty(len(at), dtype=_RANKED)
     records["at"], records["rank"] = at, ranks
-    _append(folder, "block", at // BLOCK_ROWS, records)
+    append_records(folder, "block", at // BLOCK_ROWS, records)
 
 
-def _append(folder: Path, name: str, target: Int64[ndarray, " n"], records: ndarray) -> None:
+def append_records(folder: Path, name: str, target: Int64[ndarray, " n"], records: ndarray) -> None:
     """Append each record to the file of its target, keeping their order."""
     order = np.argsort(target, kind="stable")
     target, records = target[order], records[order]
