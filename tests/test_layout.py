@@ -1,6 +1,7 @@
 """The repository root is the package, so its folders must not shadow other packages' names."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -66,6 +67,18 @@ def test_imports_run_downward(room: str) -> None:
         for name in imports(path):
             upward = [f for f in FORBIDDEN[room] if name == f or name.startswith(f"{f}.")]
             assert not upward, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_nothing_is_imported_that_only_developers_install() -> None:
+    """`make demo` installs without the development tools."""
+    project = PROJECT["project"]
+    runs, develops = (
+        {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in listed}
+        for listed in (project["dependencies"], project["optional-dependencies"]["dev"])
+    )
+    files = [ROOT / "cli.py", *(path for room in ROOMS for path in modules(room))]
+    imported = {name.split(".")[0] for path in files for name in imports(path)}
+    assert not imported & (develops - runs)
 
 
 def test_faiss_has_one_import_site() -> None:
