@@ -266,13 +266,13 @@ class _Costs:
     """
 
     elements: int
-    gram: float
-    grouped: float
-    patches: float
-    projected: float
-    from_matrix: float
-    convolved: float
-    tiles: float
+    gram: int | float
+    grouped: int | float
+    patches: int | float
+    projected: int | float
+    from_matrix: int | float
+    convolved: int | float
+    tiles: int | float
     is_half: bool
 
     @classmethod
@@ -304,7 +304,7 @@ class _Costs:
         )
 
     @property
-    def matrix(self) -> float:
+    def matrix(self) -> int | float:
         return min(self.grouped, self.patches)
 
     @property

@@ -52,8 +52,8 @@ def grad_tile_sums(
     right: Float[Tensor, "s g t i"],
     *,
     square: bool = False,
-    weight: Float[Tensor, "r i"] | None = None,
-    directions: Float[Tensor, "m r i"] | None = None,
+    weight: Float[Tensor, "r c"] | None = None,
+    directions: Float[Tensor, "m r c"] | None = None,
 ) -> TileSums:
     """Return what is asked of each sample's gradient, the factors read once for all of it.
 
@@ -111,7 +111,7 @@ def grad_sq_norm_tiles(
 
 
 def grad_weighted_sq_norm(
-    left: Float[Tensor, "s g t o"], right: Float[Tensor, "s g t i"], weight: Float[Tensor, "r i"]
+    left: Float[Tensor, "s g t o"], right: Float[Tensor, "s g t i"], weight: Float[Tensor, "r c"]
 ) -> Float[Tensor, " s"]:
     """Return sum W * G^2 per sample, elementwise (Adam's second moment: W = 1 / (sqrt(v) + eps)^2).
 

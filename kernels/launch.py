@@ -10,6 +10,7 @@ Triton decides when a kernel is defined whether it is interpreted: set `CURATE_K
 (or TRITON_INTERPRET=1) before the first import of a kernel.
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,20 +26,21 @@ if os.environ.get("CURATE_KERNELS") == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
 
 tl: Any
-jit: Callable[[Callable[..., Any]], Any]
 try:
     import triton
     from triton import language
 
-    tl, jit = language, triton.jit
+    tl = language
     HAS_TRITON = True
     IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:  # no Triton for this platform: the kernels below are never called
     tl, HAS_TRITON, IS_INTERPRETED = SimpleNamespace(constexpr=object), False, False
 
-    def jit(fn: Callable[..., Any]) -> Any:
-        """Return the function as it is: without Triton nothing launches it."""
-        return fn
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """Return the function as a Triton kernel; as it is where there is no Triton to launch it."""
+    # Shape checkers wrap functions before this sees them, and a wrapper has another module's names.
+    return triton.jit(inspect.unwrap(fn)) if HAS_TRITON else fn
 
 
 log = logging.getLogger("curate.kernels")

@@ -80,10 +80,10 @@ def signs_of_words(word: Int32[Tensor, "n w"], dtype: torch.dtype) -> Float[Tens
 
 def words(
     key: Key,
-    columns: Int[Tensor, "*n"],
-    word: int | Int[Tensor, "*n"],
+    columns: Int[Tensor, "..."],
+    word: int | Int[Tensor, "..."],
     *,
-    rows: Int[Tensor, "*n"] | None = None,
+    rows: Int[Tensor, "..."] | None = None,
 ) -> Int32[Tensor, "..."]:
     """Return word(r, c, w), the arguments broadcast against one another; rows default to 0.
 

@@ -68,7 +68,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def unit_of(*tensors: Float[Tensor, "s g t k"]) -> int:
+def unit_of(*tensors: Float[Tensor, "..."]) -> int:
     """Return 16 where every row starts and ends on a multiple of 16 elements, else 1."""
     is_aligned = all(
         x.data_ptr() % 16 == 0 and not any(n % 16 for n in (x.shape[-1], *x.stride()[:-1]))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -10,9 +9,9 @@ from torch import Tensor
 
 from curate.scorers.protocol import Direction, Signal
 
-Mode = Literal["tracin", "dvgs"]
-Similarity = Literal["cosine", "dot"]
-Groups = Literal["max", "mean"]
+MODES = "tracin", "dvgs"
+SIMILARITIES = "cosine", "dot"
+GROUPS = "max", "mean"
 
 _DIRECTIONS: dict[str, Direction] = {
     "tracin": Direction(
@@ -47,20 +46,20 @@ class GradSimilarity:
     """
 
     params: str = ""
-    mode: Mode = "tracin"
-    similarity: Similarity = "cosine"
-    groups: Groups = "max"
+    mode: str = "tracin"
+    similarity: str = "cosine"
+    groups: str = "max"
 
     def __post_init__(self) -> None:
-        if self.mode == "less":  # type: ignore[comparison-overlap]
+        if self.mode == "less":
             raise ValueError(
                 "grad_similarity: mode less needs Adam's moments, which checkpoints do not hold; "
                 "choose tracin or dvgs"
             )
-        for name, choices in (("mode", Mode), ("similarity", Similarity), ("groups", Groups)):
-            if getattr(self, name) not in get_args(choices):
+        for name, choices in (("mode", MODES), ("similarity", SIMILARITIES), ("groups", GROUPS)):
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"grad_similarity: {name} is one of {', '.join(get_args(choices))}, "
+                    f"grad_similarity: {name} is one of {', '.join(choices)}, "
                     f"not {getattr(self, name)!r}"
                 )
 

@@ -4,7 +4,7 @@ Shapes: B rows, k sketch size, M directions, D hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ def signals(
     *,
     params: str | None = None,
     sketch_dim: int | tuple[int, ...] = 32,
-    jl: Literal["sparse", "dense"] | None = None,
+    jl: str | None = None,
     seed: int = 0,
     directions: Sequence[Mapping[str, Tensor]] | None = None,
     probe: bool = True,

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from curate.scorers.protocol import Direction, Signal, SignalKind
 
-Variant = Literal["std", "var", "printed"]
-Normalise = Literal["raw", "class", "dataset"]
+VARIANTS = "std", "var", "printed"
+NORMALISATIONS = "raw", "class", "dataset"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class VoG:
     of one label (`class`) or all rows (`dataset`); where all are alike it gives 0.
     """
 
-    variant: Variant = "std"
-    normalise: Normalise = "raw"
+    variant: str = "std"
+    normalise: str = "raw"
 
     direction: ClassVar[Direction] = Direction(
         high_means="hard or atypical: what the logit looks at still changes",
@@ -44,9 +44,9 @@ class VoG:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("variant", Variant), ("normalise", Normalise)):
-            if getattr(self, name) not in get_args(known):
-                choices = ", ".join(get_args(known))
+        for name, known in (("variant", VARIANTS), ("normalise", NORMALISATIONS)):
+            if getattr(self, name) not in known:
+                choices = ", ".join(known)
                 raise ValueError(
                     f"vog: {name} is {getattr(self, name)!r}; choose one of: {choices}"
                 )
@@ -57,7 +57,7 @@ class VoG:
         return frozenset({Signal(kind)})
 
     def reduce(
-        self, signals: Mapping[Signal, Float[Tensor, "k b"]], weights: Float[Tensor, " k"]
+        self, signals: Mapping[Signal, Float[Tensor, "j b"]], weights: Float[Tensor, " k"]
     ) -> Float[Tensor, " b"]:
         (signal,) = self.needs
         spread: Tensor = signals[signal][0]

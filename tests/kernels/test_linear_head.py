@@ -365,7 +365,9 @@ def test_a_mode_sees_one_call() -> None:
     hidden, weight, targets = torch.randn(3, 4), torch.randn(6, 4), torch.tensor([0, 5, -100])
     with _Watch():
         inside = linear_cross_entropy(hidden, weight, targets)
-    assert calls[0] is linear_cross_entropy
+    # A shape checker reads the tensors' attributes first; no product is seen, for it is inside.
+    assert calls.count(linear_cross_entropy) == 1
+    assert not {F.linear, torch.mm, torch.addmm, torch.matmul} & set(calls)
     assert torch.equal(inside, linear_cross_entropy(hidden, weight, targets))
 
 
