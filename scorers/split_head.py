@@ -109,7 +109,7 @@ def _last_linear(model: nn.Module) -> nn.Linear | None:
     named = getattr(model, "get_output_embeddings", None)
     try:
         head = named() if callable(named) else None
-    except (AttributeError, NotImplementedError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError):  # it names none, or asks for more
         head = None
     if head is None:
         head = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
