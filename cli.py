@@ -7,7 +7,6 @@ Results go to stdout (`--json` for machines), everything else to stderr. Exit co
 import contextlib
 import json
 import logging
-import re
 import signal
 import sys
 import traceback
@@ -308,6 +307,13 @@ def select(
     clip_weights: Annotated[
         float | None, typer.Option(help="Cut weights at this many times their mean.")
     ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="What epochs show: rs2 or curriculum.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length of the scheduled training.")] = None,
+    schedule_param: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of the schedule, such as fraction=0.1.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[str, typer.Option("-o", "--out", help="Manifest folder.")] = "run/manifest",
     overwrite: Overwrite = False,
@@ -332,6 +338,9 @@ def select(
         by_group=by_group,
         weight_kind=weight_kind,
         clip_weights=clip_weights,
+        schedule=schedule,
+        epochs=epochs,
+        schedule_params=_pairs(schedule_param, "--schedule-param"),
         seed=seed,
         out=out,
         overwrite=overwrite,
@@ -788,27 +797,18 @@ def _required(value: T | None, flag: str) -> T:
 
 def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
     """Return KEY=VALUE items as a dict; values are read as YAML scalars or lists."""
+    from curate.pipeline.plain_yaml import load_yaml
+
     pairs = {}
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{flag} {item!r} is not KEY=VALUE")
         try:
-            pairs[key] = yaml.load(value, _Values)
+            pairs[key] = load_yaml(value)
         except yaml.YAMLError:
             raise ValueError(f"{flag} {item!r}: cannot read {value!r}") from None
     return pairs
-
-
-class _Values(yaml.SafeLoader):
-    """YAML that takes 1e-3 for a number, as version 1.2 does, and not for a text."""
-
-
-_Values.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
 
 
 def _names(text: str | None) -> list[str] | None:

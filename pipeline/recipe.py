@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from curate.pipeline.plain_yaml import load_yaml
+
 STAGES = ("train", "score", "select", "evaluate", "report")
 _WIRED: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "train": lambda corpus, run: {"corpus": corpus, "out": f"{run}/checkpoints"},
@@ -63,7 +65,7 @@ def run_recipe(path: str) -> dict[str, str]:
 
 def _read(path: str) -> tuple[str, str, dict[str, dict[str, Any]]]:
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = load_yaml(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"cannot read recipe {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

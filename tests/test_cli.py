@@ -150,7 +150,7 @@ def test_checkpoints_may_be_listed_behind_one_flag(
 def test_a_recipe_runs_the_stages_and_resumes(room: Path, curate: Callable[..., Answer]) -> None:
     (room / "recipe.yaml").write_text(
         "corpus: train\nrun: again\n"
-        "train: {model: mlp, seeds: 1, epochs: 2}\n"
+        "train: {model: mlp, seeds: 1, epochs: 2, lr: 1e-2}\n"
         "score: {scorers: [el2n, aum]}\n"
         "select: {by: aum, budget: 0.25}\n"
     )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def schedule(
     by_group = asked.pop("by_group", None) if rule == "cooldown" else None
     if not isinstance(by_group, str | None):
         raise ValueError(f"by_group must name a column of the corpus, not {by_group!r}")
-    if rule == "curriculum":
-        asked = _curriculum_params(opened, epochs, asked)
     selection = opened.content["selection"]
+    if rule == "curriculum":
+        has_ranks = "rank" in first_columns(opened)
+        asked = _curriculum_params(opened.content, has_ranks, opened.path, epochs, asked)
     request = {
         **selection,
         "params": {
@@ -98,31 +100,73 @@ def schedule(
     return Manifest(folder, write_manifest(folder, content), opened.corpus)
 
 
+@dataclass(frozen=True)
+class Wish:
+    """A schedule that a selection is to have as soon as its rows are known: rs2 or curriculum.
+
+    Raises:
+        ValueError: the rule or a parameter is wrong, or groups have to be counted first.
+    """
+
+    rule: str
+    seed: int
+    epochs: int | None
+    params: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.rule == "cooldown":
+            raise ValueError(
+                "cooldown counts the groups of a finished selection: select without --schedule, "
+                "then `curate manifest schedule --rule cooldown`"
+            )
+        if self.rule == "curriculum" and self.epochs == 1:
+            make_schedule(self.rule, self.seed, 1, {"start": 1.0, **self.params})
+        else:
+            make_schedule(self.rule, self.seed, self.epochs, self.params)
+
+    def content(self) -> dict[str, Any]:
+        """Return what the manifest says was asked for."""
+        asked = {"rule": self.rule, "epochs": self.epochs, "params": self.params}
+        return {k: v for k, v in asked.items() if v is not None and v != {}}
+
+    def fulfilled(self, content: dict[str, Any], has_ranks: bool, path: str) -> dict[str, Any]:
+        """Return the manifest's `schedule`, for a manifest whose rest is `content`.
+
+        Raises:
+            ValueError: the weights or missing ranks contradict it.
+        """
+        refuse_rates(self.rule, content["weight_kind"])
+        asked = self.params
+        if self.rule == "curriculum":
+            asked = _curriculum_params(content, has_ranks, path, self.epochs, asked)
+        made = make_schedule(self.rule, self.seed, self.epochs, asked)
+        return schedule_content(self.rule, made)
+
+
 def _curriculum_params(
-    manifest: Manifest, epochs: int | None, asked: dict[str, Any]
+    content: dict[str, Any], has_ranks: bool, path: str, epochs: int | None, asked: dict[str, Any]
 ) -> dict[str, Any]:
-    if "rank" not in first_columns(manifest):
-        method = manifest.content["selection"]["method"]
+    selection = content["selection"]
+    if not has_ranks:
         raise ValueError(
-            f"a curriculum needs ranks and {manifest.path} has none: method {method!r} orders no "
-            "rows; select by a score"
+            f"a curriculum needs ranks and {path} has none: method {selection['method']!r} orders "
+            "no rows; select by a score"
         )
     if epochs == 1:
         asked = {"start": 1.0, "stages": 256, **asked}
     if "hard" not in asked:
-        selection = manifest.content["selection"]
-        end = hard_end(selection, _high_means(manifest, selection["by"]))
+        end = hard_end(selection, _high_means(content, selection["by"]))
         if end is None:
             raise ValueError(
-                f"it is not known whether the first ranks of {manifest.path} are the hard rows; "
+                f"it is not known whether the first ranks of {path} are the hard rows; "
                 "say so: hard=first or hard=last"
             )
         asked = {**asked, "hard": end}
     return asked
 
 
-def _high_means(manifest: Manifest, by: str | None) -> str | None:
-    for table in manifest.content["scores"]:
+def _high_means(content: dict[str, Any], by: str | None) -> str | None:
+    for table in content["scores"]:
         if by in table["scorers"]:
             return scorer_from_spec(table["scorers"][by]).direction.high_means
     return None

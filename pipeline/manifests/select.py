@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ import pyarrow as pa
 
 from curate.pipeline.manifests.census import Census, attached
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
+from curate.pipeline.manifests.rescheduled import Wish
 from curate.pipeline.scoring.score_table import ScoreTable
+from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 from curate.scorers.registry import scorer_from_spec
 from curate.selectors.budget import need_columns, parse_budget
@@ -48,6 +50,9 @@ def select(
     by_group: str | None = None,
     weight_kind: str | None = None,
     clip_weights: float | None = None,
+    schedule: str | None = None,
+    epochs: int | None = None,
+    schedule_params: dict[str, Any] | None = None,
 ) -> Manifest:
     """Choose rows by their scores and return the manifest written to `out`.
 
@@ -57,7 +62,8 @@ def select(
     scorers agree. `budget`: see `parse_budget`; a threshold needs none. `method` is a name of
     `selectors/registry.py`, `params` its hyper-parameters; `drop_top`, `offset`,
     `include_errors` and `by_group` are such parameters too. Weights are written as `weight_kind`
-    (by default as the method makes them) and cut at `clip_weights` times their mean. The same
+    (by default as the method makes them) and cut at `clip_weights` times their mean. `schedule`,
+    `rs2` or `curriculum` with `schedule_params`, says what each of `epochs` shows. The same
     call again finds its manifest and returns it. The returned manifest has a `summary`: what was
     kept beside what a random selection would have kept.
 
@@ -78,8 +84,10 @@ def select(
             asked[name] = text
     if include_errors:
         asked["include_errors"] = True
-    written = {"weight_kind": weight_kind, "clip_weights": clip_weights}
-    request = _request(table, by, budget, method, seed, asked, written)
+    wish = _wish(schedule, seed, epochs, schedule_params)
+    written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
+    written["scheduled"] = None if wish is None else wish.content()
+    request = replace(_request(table, by, budget, method, seed, asked, written), wish=wish)
     folder = Folder(str(out))
     found = _already_there(folder, request, overwrite)
     if found is not None:
@@ -101,10 +109,21 @@ class Request:
     by: str | None
     group: str | None
     content: dict[str, Any]
+    wish: Wish | None = None
 
     @property
     def seed(self) -> int:
         return int(self.content["selection"]["seed"])
+
+
+def _wish(
+    rule: str | None, seed: int, epochs: int | None, params: dict[str, Any] | None
+) -> Wish | None:
+    if rule is not None:
+        return Wish(rule, seed, epochs, dict(params or {}))
+    if epochs is not None or params:
+        raise ValueError("epochs and parameters of a schedule need its rule: --schedule RULE")
+    return None
 
 
 def _request(
@@ -329,7 +348,12 @@ def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifes
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Return in words what a manifest's request and a new one do not share."""
     found = []
-    settings = {*selector_fields(asked["selection"]["method"]), "weight_kind", "clip_weights"}
+    settings = {
+        *selector_fields(asked["selection"]["method"]),
+        "weight_kind",
+        "clip_weights",
+        "scheduled",
+    }
     for key, new in asked["selection"].items():
         old = there["selection"].get(key)
         if key == "params":  # what came out stands there, too
@@ -360,11 +384,15 @@ def _write(request: Request, folder: Folder) -> Manifest:
             files, rows = write_parts(folder, census.keep(iter(weighting)))
         if not rows:
             raise ValueError("no row fits the budget: the first one already exceeds it")
+        content = _finished(request, selection, census, files, rows, weighting)
+        if request.wish is not None:
+            with open_parquet(folder, min(files)) as part:
+                has_ranks = "rank" in part.schema_arrow.names
+            content["schedule"] = request.wish.fulfilled(content, has_ranks, folder.uri)
     except Exception:
         for part in filter(is_part, folder.names()):
             folder.delete(part)
         raise
-    content = _finished(request, selection, census, files, rows, weighting)
     manifest = Manifest(folder, write_manifest(folder, content))
     manifest.summary = census.summary()
     return manifest
@@ -390,7 +418,6 @@ def _finished(
 ) -> dict[str, Any]:
     results = dict(selection.params)
     results.pop("weight_kind", None)
-    schedule = results.pop("schedule", None)
     if weighting.report is not None:
         results["weights"] = weighting.report
     if request.group is not None:
@@ -400,7 +427,7 @@ def _finished(
         **request.content,
         "selection": {**chosen, "selected": rows, "params": {**chosen["params"], **results}},
         "weight_kind": weighting.kind,
-        "schedule": schedule,
+        "schedule": None,
         "groups": census.groups() or {},
         "files": files,
     }

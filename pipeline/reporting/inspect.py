@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from curate.pipeline.exporting.export import SUCCESS as EXPORTED
+from curate.pipeline.exporting.export import read_success
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.models.checkpoint import Checkpoint, find_checkpoints, load_model
 from curate.pipeline.reading.corpus import Corpus, open_corpus
@@ -45,7 +47,22 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return inspect_scores(path)
     if kind is Kind.MANIFEST:
         return inspect_manifest(Manifest.read(path))
+    if kind is Kind.EXPORT:
+        return inspect_export(path)
     return inspect_run(RunFolder.read(path))
+
+
+def inspect_export(path: str | Path) -> dict[str, Any]:
+    """Return what a finished export says of itself.
+
+    Raises:
+        ValueError: it is not finished.
+    """
+    if not Folder(path).exists(EXPORTED):
+        raise ValueError(f"{path} holds an unfinished export; run `curate export` again")
+    said = read_success(Folder(path))
+    shown = {name: said[name] for name in ("to", "rows", "weight_kind", "epoch", "manifest")}
+    return {"kind": "export", "path": str(path), **shown, "file_count": len(said["files"])}
 
 
 def inspect_corpus(corpus: Corpus) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from enum import Enum
 from pathlib import Path
 
+from curate.pipeline.exporting.export import PLAN as EXPORT
 from curate.pipeline.manifests.manifest import NAME as MANIFEST
 from curate.pipeline.models.checkpoint import META as CHECKPOINT
 from curate.pipeline.scoring.score_table import META as SCORES
@@ -16,6 +17,7 @@ class Kind(Enum):
     CHECKPOINTS = "checkpoints"
     SCORES = "score table"
     MANIFEST = "manifest"
+    EXPORT = "export"
     RUN = "run"
 
 
@@ -26,6 +28,8 @@ def kind_of(path: str | Path) -> Kind:
         return Kind.SCORES
     if folder.exists(MANIFEST):
         return Kind.MANIFEST
+    if folder.exists(EXPORT):
+        return Kind.EXPORT
     if _holds_weights(folder):
         return Kind.CHECKPOINTS
     children = [folder.child(name) for name in folder.folders()]

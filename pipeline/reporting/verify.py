@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from curate.pipeline.exporting.export import read_success, verify_export
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.manifests.mixed_corpus import open_described
 from curate.pipeline.models.checkpoint import find_checkpoints, load_model, read_checkpoint
@@ -23,6 +24,7 @@ from curate.pipeline.scoring.score_table import (
 from curate.pipeline.scoring.target_gradients import FOLDER as TARGET_FOLDER
 from curate.pipeline.scoring.target_gradients import read_gradients
 from curate.pipeline.storing.parquet import open_parquet
+from curate.pipeline.storing.storage import Folder
 
 log = logging.getLogger("curate.verify")
 P = ParamSpec("P")
@@ -54,8 +56,8 @@ def verify(path: str | Path) -> dict[str, Any]:
     """Return `{checked, problems}` after recomputing every digest of what `path` holds.
 
     Score table: each part against the recorded digest, its receipt and row count, the corpus by
-    sha256 where that was recorded, the checkpoints. Manifest: its parts and the corpus. Run: all
-    of them. Checkpoints and corpora: that every file can be read whole.
+    sha256 where that was recorded, the checkpoints. Manifest: its parts and the corpus. Export: its
+    files. Run: all of them but exports. Checkpoints and corpora: that every file can be read whole.
 
     Raises:
         ValueError: there is nothing at `path` to verify.
@@ -75,6 +77,9 @@ def verify(path: str | Path) -> dict[str, Any]:
         _verify_scores(ScoreTable.open(path), findings)
     elif kind is Kind.MANIFEST:
         _verify_manifest(Manifest.read(path), findings)
+    elif kind is Kind.EXPORT:
+        findings.problems += verify_export(path)
+        findings.checked += [f"{path}/{name}" for name in read_success(Folder(path))["files"]]
     elif kind is Kind.CHECKPOINTS:
         for checkpoint in find_checkpoints([str(path)]):
             findings.check(f"checkpoint {checkpoint.path}", _loads, checkpoint.path)

@@ -43,6 +43,24 @@ def test_export_and_resume(run, make_selection, tmp_path):
         assert len(said.strip().splitlines()) == 1
 
 
+def test_verify_and_inspect_know_an_export(run, make_selection, tmp_path):
+    path, out = make_selection("loss").path, tmp_path / "out"
+    assert run("export", path, "--to", "parquet", "-o", out, "--unit-rows", 150)[0] == 0
+    code, said, _ = run("verify", out, "--json")
+    assert code == 0, said
+    assert json.loads(said)["holds"] == "export"
+    assert len(json.loads(said)["checked"]) == len(list(out.glob("*.parquet")))
+    code, said, _ = run("inspect", out, "--json")
+    assert code == 0 and json.loads(said)["rows"] == 300 and json.loads(said)["to"] == "parquet"
+    victim = sorted(out.glob("*.parquet"))[0]
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    code, said, _ = run("verify", out)
+    assert code == 1 and victim.name in said
+    (out / "_SUCCESS").unlink()
+    code, _, said = run("verify", out)
+    assert code == 2 and "run `curate export` again" in said
+
+
 def test_manifest_commands(run, make_selection, tmp_path):
     a, b = make_selection(kept=100, name="a").path, make_selection(kept=90, name="b", seed=3).path
     far = make_selection(kept=40, name="far", data="other", offset=9000).path

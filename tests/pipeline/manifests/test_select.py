@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.pipeline.manifests.census import Census, attached
+from curate.pipeline.manifests.loader import load_manifest
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.manifests.select import select
 from curate.pipeline.reading.corpus import open_corpus
@@ -510,3 +511,52 @@ def test_the_command_prints_weights_and_random_beside_the_choice(several, tmp_pa
     low = [*common, "--direction", "low", "-o", str(tmp_path / "low"), "--json"]
     result = CliRunner().invoke(cli.app, low)
     assert json.loads(result.stdout)["selection"]["direction"] == "low"
+
+
+class TestScheduled:
+    def test_select_writes_the_schedule_that_the_loader_follows(self, corpus, scores, tmp_path):
+        out = tmp_path / "m"
+        asked = dict(budget=60, schedule="rs2", schedule_params={"fraction": 0.5}, epochs=4)
+        manifest = select(scores, out=out, seed=3, **asked)
+        assert manifest.content["schedule"] == {
+            "rule": "rs2",
+            "seed": 3,
+            "epochs": 4,
+            "params": {"fraction": 0.5, "replacement": False},
+        }
+        assert positions(manifest) == positions(select(scores, budget=60, out=tmp_path / "plain"))
+        rows = load_manifest(out).as_torch()
+        first = {int(r["x"]) for r in rows}
+        rows.set_epoch(1)
+        second = {int(r["x"]) for r in rows}
+        assert len(first) == len(second) == 30 and not first & second
+        assert select(scores, out=out, seed=3, **asked).content == manifest.content
+        with pytest.raises(ValueError, match=r"holds another selection .*scheduled"):
+            select(scores, out=out, seed=3, budget=60)
+
+    def test_a_curriculum_knows_which_ranks_are_hard(self, scores, tmp_path):
+        made = select(scores, budget=0.5, out=tmp_path / "m", schedule="curriculum", epochs=5)
+        assert made.content["schedule"]["params"]["hard"] == "first"
+        easy = select(
+            scores, budget=0.5, method="bottom", out=tmp_path / "e", schedule="curriculum", epochs=5
+        )
+        assert easy.content["schedule"]["params"]["hard"] == "last"
+
+    @pytest.mark.parametrize(
+        ("asked", "said"),
+        [
+            ({"schedule": "cooldown"}, "select without --schedule"),
+            ({"schedule": "rs3"}, "unknown schedule 'rs3'"),
+            ({"schedule": "rs2", "schedule_params": {"x": 1}}, "has no parameter 'x'"),
+            ({"schedule": "rs2", "weight_kind": "sampling"}, "both say how often a row is shown"),
+            ({"schedule": "curriculum"}, "needs its length"),
+            ({"schedule": "curriculum", "epochs": 2, "method": "moderate"}, "needs ranks"),
+            ({"epochs": 2}, "need its rule"),
+        ],
+    )
+    def test_refusals_leave_nothing(self, scores, tmp_path, asked, said):
+        out = tmp_path / "m"
+        method = asked.pop("method", None) or ("importance" if "weight_kind" in asked else "keep")
+        with pytest.raises(ValueError, match=said):
+            select(scores, budget=20, out=out, method=method, **asked)
+        assert not out.exists() or not list(out.glob("*part*")) + list(out.glob("*.json"))
