@@ -7,18 +7,20 @@ The gradient of the target logit takes a backward pass of its own, on the same f
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curate.scorers.adam_readout import AdamComparison
 from curate.scorers.fallback import summed_gradient
 from curate.scorers.head import STATISTICS
 from curate.scorers.needs import Harvest, Needs
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
-from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal
+from curate.scorers.protocol import ADAM_KINDS, RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal
 from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
@@ -67,7 +69,10 @@ class Engine:
         self.sketch: TwoSidedSketch | None = None
         """Where set, `directions` are sketches of this kind, and products those of sketches."""
         self._target_norms: dict[str, Tensor] = {}
-        gradients = [*self._sets, *self._target_sets]
+        self.comparisons: Mapping[Signal, AdamComparison] = {}
+        """By each wanted `adam_target_dot`, for the weights that are loaded."""
+        self._adam = sorted({_comparison(s) for s in self.wanted if s.kind in ADAM_KINDS})
+        gradients = [*self._sets, *self._target_sets, *(s.params for s in self._adam)]
         for params in gradients:
             self._core.check(params)
         self._core.want(
@@ -91,7 +96,7 @@ class Engine:
     def differentiates(self) -> bool:
         """Whether there is a backward pass."""
         kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot", "logit_grad"}
-        return bool(self._kinds & kinds)
+        return bool(self._kinds & (kinds | ADAM_KINDS))
 
     @property
     def paths(self) -> dict[str, str]:
@@ -110,26 +115,45 @@ class Engine:
     def directions(self, given: Mapping[str, Float[Tensor, "m ..."]]) -> None:
         self._directions, self._target_norms = given, {}
 
-    def target_params(self, batch: Any) -> dict[str, Tensor]:
-        """Return the parameters that are compared with a target, by name."""
+    def target_params(self, batch: Any, params: str | None = None) -> dict[str, Tensor]:
+        """Return the parameters that are compared with a target, or those that `params` names."""
         self._core.ready(batch)
-        names = frozenset().union(*map(self._core.names, self._target_sets))
-        params = named_parameters(self._core.passes.model)
-        return {name: params[name].detach() for name in self._core.all if name in names}
+        sets = self._target_sets if params is None else [params]
+        names = self._union(sets)
+        own = named_parameters(self._core.passes.model)
+        return {name: own[name].detach() for name in self._core.all if name in names}
 
     def summed_gradient(
-        self, batch: Any, among: Collection[str] | None = None
+        self,
+        batch: Any,
+        among: Collection[str] | None = None,
+        row_weights: Float[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Return the rows' losses and their sum's gradient, by plain autograd over the batch.
 
-        Of the parameters that are compared with a target, or those `among` them; one that plays
-        no part is absent.
+        Of the parameters that are compared with a target, or those `among` all; one that plays
+        no part is absent. Losses count by their `row_weights`, and are returned so.
         """
-        passes, names = self._core.passes, self.target_params(batch)
+        passes = self._core.passes
+        names = self.target_params(batch) if among is None else among
         own = named_parameters(passes.model)
+
+        def losses(some: Any) -> Tensor:
+            loss = passes.evaluate(some).loss
+            return loss if row_weights is None else loss * row_weights.to(loss.dtype)
+
         with prepared(passes.model):
-            params = {n: own[n] for n in names if among is None or n in among}
-            return summed_gradient(batch, lambda b: passes.evaluate(b).loss, params)
+            return summed_gradient(batch, losses, {n: own[n] for n in self._core.all if n in names})
+
+    def read(
+        self, batch: Any, names: Collection[str], readouts: Mapping[str, Readout]
+    ) -> tuple[Float[Tensor, " b"], dict[str, dict[str, Tensor]]]:
+        """Return the rows' losses and what some readouts give of these parameters' gradients."""
+        self._core.ready(batch)
+        among = frozenset(names)
+        needs = Needs({key: (among, readout) for key, readout in readouts.items()})
+        harvest = self._core.passes.run(batch, needs)
+        return harvest.loss, harvest.readouts
 
     def target_sketches(self, batch: Any) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Return the rows' losses and the sketches of their gradients, [B, kk] by parameter."""
@@ -175,6 +199,9 @@ class Engine:
             assert self._directions, "a target's directions are set before the first batch"
             read = self.sketch or Dots(dict(self._directions))
             readouts["target"] = self._union(self._target_sets), read
+        for signal in self._adam:
+            assert signal in self.comparisons, "set before the first batch"
+            readouts[str(signal)] = self._core.names(signal.params), self.comparisons[signal]
         return readouts
 
     def _union(self, sets: Iterable[str]) -> frozenset[str]:
@@ -194,6 +221,9 @@ class Engine:
             return torch.stack([zero, *(found[n] for n in names if n in found)]).sum(0)
         if signal.kind == "target_norm":
             return self._target_norm(signal.params).expand(len(harvest.loss), -1)
+        if signal.kind in ADAM_KINDS:
+            square, dots = self._adam_values(_comparison(signal), harvest)
+            return square if signal.kind == "adam_sq_norm" else dots
         if signal.kind == "el2n_seq":
             assert harvest.logit_norm is not None, "asked for"
             return harvest.logit_norm
@@ -205,6 +235,11 @@ class Engine:
             return harvest.logit_grad.coordinates if is_count else harvest.logit_grad.values
         return harvest.statistics[signal.kind]
 
+    def _adam_values(self, signal: Signal, harvest: Harvest) -> tuple[Tensor, Tensor]:
+        names, own = self._core.names(signal.params), named_parameters(self._core.passes.model)
+        shapes = {name: own[name].shape for name in names}
+        return self.comparisons[signal].values(harvest.readouts[str(signal)], shapes, harvest.loss)
+
     @property
     def _groups(self) -> int:
         return len(next(iter(self._directions.values())))
@@ -215,3 +250,8 @@ class Engine:
             norms = [torch.linalg.vector_norm(v.reshape(len(v), -1), dim=1) for v in found]
             self._target_norms[params] = torch.stack(norms).norm(dim=0)
         return self._target_norms[params]
+
+
+def _comparison(signal: Signal) -> Signal:
+    """Return the signal by which a comparison with Adam's step is known."""
+    return replace(signal, kind="adam_target_dot")

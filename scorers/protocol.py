@@ -83,20 +83,38 @@ SignalKind = Literal[
     "grad_sq_norm",  # squared norm of d(row loss)/d(params)
     "target_dot",  # inner product of d(row loss)/d(params) with each target group's mean; M values
     "target_norm",  # norm of each target group's mean gradient, the same for all rows; M values
+    "adam_sq_norm",  # squared norm of the step that Adam would take on the row alone
+    "adam_target_dot",  # its inner product with the mean of each target group's unit gradients
     "weight_alignment",  # cos(-d(row loss)/dW, W) for the head's weight matrix W
     "logit_grad",  # d(sum of target logits)/d(input), a vector per row
     "coordinates",  # how many entries of that vector are the row's own
     "vog_std",  # its standard deviation over a run's checkpoints, mean over coordinates
     "vog_var",  # its variance over a run's checkpoints, mean over coordinates
+    "grad_vector",  # d(row loss)/d(params) itself, or a sketch of it: a vector per row
+    "grad_signal",  # squared norm of its mean over a run's checkpoints
+    "grad_noise",  # mean squared distance from that mean, over a run's checkpoints
+    "angle_paper",  # mean cosine of a row's tokens with one another, inside the last block's MLP
+    "angle_pairs",  # the same of different tokens
+    "angle_code",  # the same over the lower triangle and one diagonal above it, zeros elsewhere
+    "angle_prompt",  # mean cosine of a row's own tokens with its prompt's, 0 where it has none
     "forgetting",  # from training records: events per run
     "aum",  # from training records: area under the margin
+    "text_weight",  # from the row's text: log of how much likelier its n-grams are in the target
 ]
 RECORD_KINDS = frozenset({"forgetting", "aum"})
 """Signals that training wrote down (`records.parquet`); no pass over the model computes them."""
-SPREAD_KINDS = frozenset({"vog_std", "vog_var"})
+LOGIT_SPREAD_KINDS = frozenset({"vog_std", "vog_var"})
+GRADIENT_SPREAD_KINDS = frozenset({"grad_signal", "grad_noise"})
+SPREAD_KINDS = LOGIT_SPREAD_KINDS | GRADIENT_SPREAD_KINDS
 """Signals made of all checkpoints of a run; no checkpoint has a value of its own."""
+TEXT_KINDS = frozenset({"text_weight"})
+"""Signals read from the row's text; they need no model and no checkpoint."""
+ANGLE_KINDS = frozenset({"angle_paper", "angle_pairs", "angle_code", "angle_prompt"})
+"""Signals of the angles between hidden states; `params` names the layer they go into."""
 TARGET_KINDS = frozenset({"target_dot", "target_norm"})
 """Signals that compare a row with a target: [K, B, M] where others are [K, B]."""
+ADAM_KINDS = frozenset({"adam_sq_norm", "adam_target_dot"})
+"""Signals of Adam's step: checkpoints must hold its moments, and the target is compared with."""
 
 
 @dataclass(frozen=True, order=True)
@@ -104,20 +122,31 @@ class Signal:
     """One per-row quantity. `params` limits a gradient signal to the parameters whose names match.
 
     `params` is a regular expression (searched, not anchored) or the preset `head`; "" means all.
+    `adam` names how Adam's moments become a step, and `projection` how many numbers that step is
+    projected to before it is compared (0: none). `curvature` describes the matrix whose inverse
+    stands between the two gradients (`scorers/curvature.py`); "" is none.
     """
 
     kind: SignalKind
     params: str = ""
+    adam: str = ""
+    projection: int = 0
+    curvature: str = ""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a high value means, what the source keeps, and where that is known to hold."""
+    """What a high value means, what the source keeps, and where that is known to hold.
+
+    `valid` says it in words; of `asks`, the part of it that a run can be checked for, the names
+    are those of `pipeline/scoring/validity.py`.
+    """
 
     high_means: str
     keep: Literal["high", "low"]
     source: str
     valid: str = "any task"
+    asks: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -126,7 +155,8 @@ class Scorer(Protocol):
 
     A scorer is a frozen dataclass whose fields are its hyper-parameters. The engine averages the
     result over seeds (mean, and standard deviation with ddof 1), so `reduce` sees one run only.
-    A field `normalise` that is `class` or `dataset` has the finished column standardised.
+    A field `normalise` that is `class` or `dataset` has the finished column standardised. An
+    attribute `aggregate` that is `gwa` has the column's mean and kurtosis taken, per checkpoint.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
