@@ -112,7 +112,9 @@ def demo(
 
 @app.command()
 def train(
-    corpus: Corpus,
+    corpus: Annotated[
+        str | None, typer.Argument(help="What to train on; by default the manifest's own.")
+    ] = None,
     model: Model = None,
     manifest: Annotated[str | None, typer.Option(help="Train on this selection.")] = None,
     task: TaskName = None,
@@ -154,7 +156,7 @@ def train(
     from curate.pipeline.training.train import train as run
 
     checkpoints = run(
-        _corpus(corpus, split),
+        None if corpus is None else _corpus(corpus, split),
         model=_required(model, "--model"),
         model_options=_pairs(model_option, "--model-option"),
         task=task,
@@ -314,6 +316,16 @@ def select(
     schedule_param: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE of the schedule, such as fraction=0.1.")
     ] = None,
+    vectors: Annotated[
+        str | None,
+        typer.Option(help="What rows are compared by: column:NAME, FILE.npy, ...; see the docs."),
+    ] = None,
+    target_vectors: Annotated[
+        str | None, typer.Option(help="Vectors of the rows to compare with, named likewise.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Their corpus; the score run's target by default.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[str, typer.Option("-o", "--out", help="Manifest folder.")] = "run/manifest",
     overwrite: Overwrite = False,
@@ -341,6 +353,9 @@ def select(
         schedule=schedule,
         epochs=epochs,
         schedule_params=_pairs(schedule_param, "--schedule-param"),
+        vectors=vectors,
+        target_vectors=target_vectors,
+        target=target,
         seed=seed,
         out=out,
         overwrite=overwrite,

@@ -3,7 +3,7 @@
 Plug-ins add names through the entry-point group `curate.selectors`.
 """
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -37,6 +37,17 @@ def selector_names() -> list[str]:
 def selector_fields(name: str) -> list[str]:
     """Return the names of the method's hyper-parameters. Raises ValueError as `make_selector`."""
     return [f.name for f in fields(_selector_class(name))]
+
+
+def needs_setting(name: str, setting: str) -> bool:
+    """Tell whether the method has this hyper-parameter without a default."""
+    found = [f for f in fields(_selector_class(name)) if f.name == setting]
+    return bool(found) and found[0].default is MISSING and found[0].default_factory is MISSING
+
+
+def uses_vectors(name: str) -> bool:
+    """Tell whether the method compares the rows' vectors (`selectors/vectors.py`)."""
+    return bool(getattr(_selector_class(name), "uses_vectors", False))
 
 
 def make_selector(name: str, **params: Any) -> Selector:

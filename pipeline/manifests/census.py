@@ -77,6 +77,16 @@ class Census:
         return self._table.schema
 
     @property
+    def vectors(self) -> Any:
+        """The table's vectors; AttributeError for a table that has none."""
+        return self._table.vectors  # type: ignore[attr-defined]
+
+    @property
+    def target(self) -> Any:
+        """The target's vectors; AttributeError for a table without vectors."""
+        return self._table.target  # type: ignore[attr-defined]
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are counted."""
         wanted = (self.by, self.group, "tokens" if "tokens" in self.schema.names else None)

@@ -17,12 +17,18 @@ from curate.pipeline.manifests.rescheduled import Wish
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
+from curate.pipeline.vectors.resolve import with_vectors
 from curate.scorers.registry import scorer_from_spec
 from curate.selectors.budget import need_columns, parse_budget
 from curate.selectors.composite import Composite
 from curate.selectors.expression import Expression, Sense
 from curate.selectors.protocol import Budget, Selection, Selector, Table
-from curate.selectors.registry import make_selector, selector_fields
+from curate.selectors.registry import (
+    make_selector,
+    needs_setting,
+    selector_fields,
+    uses_vectors,
+)
 from curate.selectors.weights import Weighting, check_weighting
 
 log = logging.getLogger("curate.select")
@@ -31,6 +37,8 @@ GROUP_COLUMNS = ("label", "group", "class", "domain", "language", "lang", "sourc
 """Columns whose values are counted without being asked for, the first one there is."""
 
 _NOT_PARAMS = ("by", "direction", "carry", "ranked")
+_NO_BUDGET = ("threshold", "semdedup")
+"""Methods with a limit of their own; for them a budget is a bound."""
 
 
 def select(
@@ -53,6 +61,9 @@ def select(
     schedule: str | None = None,
     epochs: int | None = None,
     schedule_params: dict[str, Any] | None = None,
+    vectors: str | None = None,
+    target_vectors: str | None = None,
+    target: str | None = None,
 ) -> Manifest:
     """Choose rows by their scores and return the manifest written to `out`.
 
@@ -63,9 +74,11 @@ def select(
     `selectors/registry.py`, `params` its hyper-parameters; `drop_top`, `offset`,
     `include_errors` and `by_group` are such parameters too. Weights are written as `weight_kind`
     (by default as the method makes them) and cut at `clip_weights` times their mean. `schedule`,
-    `rs2` or `curriculum` with `schedule_params`, says what each of `epochs` shows. The same
-    call again finds its manifest and returns it. The returned manifest has a `summary`: what was
-    kept beside what a random selection would have kept.
+    `rs2` or `curriculum` with `schedule_params`, says what each of `epochs` shows. `vectors`
+    and `target_vectors` name what methods of geometry compare (`pipeline/vectors/resolve.py`),
+    `target` the corpus of the latter; such methods use a score only where they are given one. The
+    same call again finds its manifest and returns it. The returned manifest has a `summary`: what
+    was kept beside what a random selection would have kept.
 
     Raises:
         ValueError: the table is missing or unfinished, a column, method, parameter, budget or
@@ -88,6 +101,7 @@ def select(
     written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
     written["scheduled"] = None if wish is None else wish.content()
     request = replace(_request(table, by, budget, method, seed, asked, written), wish=wish)
+    request = _seeing(request, table, method, vectors, target_vectors, target)
     folder = Folder(str(out))
     found = _already_there(folder, request, overwrite)
     if found is not None:
@@ -114,6 +128,21 @@ class Request:
     @property
     def seed(self) -> int:
         return int(self.content["selection"]["seed"])
+
+
+def _seeing(
+    request: Request,
+    scores: ScoreTable,
+    method: str,
+    vectors: str | None,
+    target_vectors: str | None,
+    target: str | None,
+) -> Request:
+    """Return the request with the vectors that its method compares."""
+    named = (vectors, target_vectors, target)
+    table, content = with_vectors(request.table, scores, request.selector, method, *named)
+    request.content["selection"]["params"] |= content
+    return replace(request, table=table)
 
 
 def _wish(
@@ -143,10 +172,14 @@ def _request(
             raise ValueError(f"{name} must name a column of the score table, not {text!r}")
     if "carry" in asked:
         raise ValueError("carry is no setting of a selection; manifests carry what they need")
-    if budget is None and method != "threshold":
+    if budget is None and method not in _NO_BUDGET:
         raise ValueError("say how much to keep: --budget 0.5, 50%, 10000 or 2e9tok")
     amount = parse_budget(1.0 if budget is None else budget)
-    column, composite = _score_column(table, by, is_needed="by" in fields)
+    # Methods of geometry that can do without a score use one only if it is named.
+    takes_by = "by" in fields and (
+        by is not None or not uses_vectors(method) or needs_setting(method, "by")
+    )
+    column, composite = _score_column(table, by, is_needed=takes_by)
     source: Table = table if composite is None else Composite(table, composite)
     needs_group = method == "balanced"
     group = _group_column(table, asked.get("by_group"), needs_group)
@@ -157,9 +190,9 @@ def _request(
                 f"table has none; score again with --keep COLUMN"
             )
         asked["by_group"] = group
-    if "by" in fields:
+    if takes_by:
         asked.setdefault("by", column)
-    if "direction" in fields and "direction" not in asked and asked["by"] is not None:
+    if "direction" in fields and "direction" not in asked and asked.get("by") is not None:
         is_needed = method == "keep" or composite is not None
         end = _hard_end if method == "ccs" else _kept_end
         direction = _direction(table, asked["by"], composite, is_needed, end)
@@ -353,6 +386,8 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         "weight_kind",
         "clip_weights",
         "scheduled",
+        "vectors",
+        "target_vectors",
     }
     for key, new in asked["selection"].items():
         old = there["selection"].get(key)

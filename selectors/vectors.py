@@ -1,0 +1,145 @@
+"""One vector for each row of a score table, read in blocks: what geometric selectors compare.
+
+Shapes: N rows of the table, D dimensions, B rows of a block, K rows taken.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
+from numpy import ndarray
+
+from curate.selectors.protocol import Table
+
+BLOCK_ROWS = 4096
+SMALL_BYTES = 1 << 28
+"""Rows that take less than this are copied into memory instead of being read again."""
+
+
+@runtime_checkable
+class Vectors(Protocol):
+    """Vectors in the order of a score table; a row without one is all NaN."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def dimension(self) -> int: ...
+
+    def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
+        """Yield all rows in order, any number of times; memory is one block."""
+        ...
+
+    def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+        """Return the rows at these places, in the order asked for."""
+        ...
+
+
+@runtime_checkable
+class VectorTable(Table, Protocol):
+    """A score table whose rows have vectors, and maybe those of a target set to compare with."""
+
+    @property
+    def vectors(self) -> Vectors: ...
+
+    @property
+    def target(self) -> Vectors | None: ...
+
+
+class ArrayVectors:
+    """Vectors in an array of numbers, which may be memory-mapped; converted a block at a time.
+
+    Raises:
+        ValueError: the array is no matrix of numbers, or has no column.
+    """
+
+    def __init__(self, array: Float[ndarray, "n d"] | Int[ndarray, "n d"]) -> None:
+        if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
+            raise ValueError(
+                f"vectors must be numbers of shape [rows, dimensions], "
+                f"not {array.dtype} of shape {list(array.shape)}"
+            )
+        self.array = array
+
+    @property
+    def rows(self) -> int:
+        return int(self.array.shape[0])
+
+    @property
+    def dimension(self) -> int:
+        return int(self.array.shape[1])
+
+    def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
+        """Yield BLOCK_ROWS rows at a time; numbers too large for float32 become infinite."""
+        for start in range(0, self.rows, BLOCK_ROWS):
+            yield _floats(self.array[start : start + BLOCK_ROWS])
+
+    def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+        return _floats(self.array[numbers])
+
+
+class PartOfVectors:
+    """Some rows of other vectors, at ascending `places`; row i is theirs at `places[i]`."""
+
+    def __init__(self, whole: Vectors, places: Int64[ndarray, " n"]) -> None:
+        self._whole, self._places = whole, places
+
+    @property
+    def rows(self) -> int:
+        return len(self._places)
+
+    @property
+    def dimension(self) -> int:
+        return self._whole.dimension
+
+    def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
+        for start in range(0, self.rows, BLOCK_ROWS):
+            yield self._whole.take(self._places[start : start + BLOCK_ROWS])
+
+    def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+        return self._whole.take(self._places[numbers])
+
+
+def part_of(vectors: Vectors, places: Int64[ndarray, " n"]) -> Vectors:
+    """Return the rows at these ascending places: all as they are, few copied, many read again."""
+    if len(places) == vectors.rows:
+        return vectors
+    part = PartOfVectors(vectors, places)
+    if len(places) * vectors.dimension * 4 > SMALL_BYTES:
+        return part
+    return ArrayVectors(matrix(part))
+
+
+def matrix(vectors: Vectors) -> Float32[ndarray, "n d"]:
+    """Return all vectors in one array; memory is N·D·4 bytes."""
+    found = np.empty((vectors.rows, vectors.dimension), dtype=np.float32)
+    at = 0
+    for block in vectors.blocks():
+        found[at : at + len(block)] = block
+        at += len(block)
+    assert at == vectors.rows, "vectors yield as many rows as they say"
+    return found
+
+
+def finite_rows(vectors: Vectors) -> Bool[ndarray, " n"]:
+    """Return which rows have a vector without NaN and infinity; one pass."""
+    parts = [np.isfinite(block).all(axis=1) for block in vectors.blocks()]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=bool)
+
+
+def square_norms(vectors: Vectors) -> Float64[ndarray, " n"]:
+    """Return the squared length of each row, summed in float64; one pass."""
+    parts = [np.square(block, dtype=np.float64).sum(axis=1) for block in vectors.blocks()]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def unit_rows(block: Float32[ndarray, "b d"]) -> Float32[ndarray, "b d"]:
+    """Return the rows at length 1; a zero row stays zero."""
+    lengths = np.sqrt(np.square(block, dtype=np.float64).sum(axis=1, keepdims=True))
+    return np.asarray(block / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+
+
+def _floats(block: ndarray) -> Float32[ndarray, "b d"]:
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(block, dtype=np.float32)
