@@ -35,6 +35,10 @@ class HeadPart:
     targets: Int[Tensor, "b t"]
     sums: HeadSums
     seeds: Float[Tensor, "b t"]
+    directions: tuple[Float[Tensor, "m v d"], ...] = ()
+    """The sets of directions that the errors were multiplied by, one after another."""
+    signs: tuple[Key, int] | None = None
+    """The stream and number of signs that the errors were summed by."""
 
     @property
     def left(self) -> Float[Tensor, "b 1 t v"]:
@@ -106,16 +110,23 @@ class HeadPart:
         seeded = accumulable(self.hidden) * self.seeds[..., None]
         return embedding_cross_at(self.sums.columns, right, seeded)
 
-    def sketch(self, keys: tuple[Key, Key], k: tuple[int, int]) -> Float[Tensor, "b kk"]:
-        """Return the two-sided sketch of G; its rows' signs are those the errors were summed by."""
-        assert self.sums.sketch is not None, "asked for"
+    def sketch(self, keys: tuple[Key, Key], k: tuple[int, int]) -> Float[Tensor, "b kk"] | None:
+        """Return the two-sided sketch of G; None unless its rows' signs are those the errors were
+        summed by."""
+        if self.sums.sketch is None or self.signs != (keys[0], k[0]):
+            return None
         tall = self.sums.sketch * self.seeds[..., None]
         return sketch_from_sides(tall, sketch_side(self.hidden, keys[1], k[1]))
 
-    def dots(self) -> Float[Tensor, "b m"]:
-        """Return <G, V_m> for the directions that the errors were multiplied by."""
-        assert self.sums.dots is not None, "asked for"
-        return (self.sums.dots * self.seeds[..., None]).sum(1)
+    def dots(self, directions: Float[Tensor, "m v d"]) -> Float[Tensor, "b m"] | None:
+        """Return <G, V_m> for directions that the errors were multiplied by; None for others."""
+        start = 0
+        for own in self.directions:
+            if own is directions and self.sums.dots is not None:
+                dots = self.sums.dots[..., start : start + len(own)]
+                return (dots * self.seeds[..., None]).sum(1)
+            start += len(own)
+        return None
 
     def alignment(self) -> Float[Tensor, " b"]:
         """Return <G, W>."""

@@ -1,12 +1,13 @@
 """The use of a head together with its loss: `linear_cross_entropy`, seen by the taps as one call.
 
-Shapes: S sequences, T tokens, D hidden size, B rows, N all tokens.
+Shapes: S sequences, T tokens, D hidden size, B rows, N all tokens, V vocabulary, M directions.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curate.kernels.cross_entropy import TokenStatistics, active_gathering
@@ -27,14 +28,22 @@ class HeadCall:
         self.saved, self._hidden = Saved(hidden), hidden
         self._wants, self._row_map = HeadWants(), RowMap(len(targets))
         self._by_row = False
+        self._directions: tuple[Tensor, ...] = ()
         self.sums: HeadSums | None = None
 
-    def prepare(self, layout: Layout | None, row_map: RowMap, wants: HeadWants) -> None:
+    def prepare(
+        self,
+        layout: Layout | None,
+        row_map: RowMap,
+        wants: HeadWants,
+        directions: Sequence[Tensor] = (),
+    ) -> None:
         """Say which sequences make a row, and what is to be summed over the vocabulary.
 
-        Only of sequences along axis 0, [S, T, D] or [S, D]; elsewhere the errors are made again.
+        `directions` are the sets that `wants.directions` holds one after another. Only of
+        sequences along axis 0, [S, T, D] or [S, D]; elsewhere the errors are made again.
         """
-        self._row_map = row_map
+        self._row_map, self._directions = row_map, tuple(directions)
         if layout is None or layout.kind != "dense" or layout.axis != 0 or self._hidden.dim() > 3:
             self._wants = HeadWants(statistics=wants.statistics)
             return
@@ -83,7 +92,10 @@ class HeadCall:
         g = g.masked_fill(self.targets == IGNORE, 0.0)
         targets, seeds = self._by_rows(self.targets, layout, IGNORE), self._by_rows(g, layout)
         hidden = self._row_map.end_to_end(hidden, 1)
-        return HeadPart(hidden, self.weight, self.bias, targets, sums, seeds)
+        return HeadPart(
+            hidden, self.weight, self.bias, targets, sums, seeds,
+            self._directions, self._wants.sketch,
+        )  # fmt: skip
 
     def _by_rows(self, x: Tensor, layout: Layout, fill: int = 0) -> Tensor:
         x = layout.rows_first(x)
@@ -107,9 +119,16 @@ def head_wants(
     for read in readouts:
         if isinstance(read, TwoSidedSketch):
             wants = replace(wants, sketch=(read.keys(name)[0], read.k[0]))
-        elif isinstance(read, Dots):
-            wants = replace(wants, directions=read.directions[name])
+    if directions := head_directions(name, readouts):
+        # One set as it is: the copy may be large.
+        together = directions[0] if len(directions) == 1 else torch.cat(directions)
+        wants = replace(wants, directions=together)
     return wants
+
+
+def head_directions(name: str, readouts: Sequence[Readout]) -> list[Float[Tensor, "m v d"]]:
+    """Return the directions of each readout that takes inner products with a head's weight."""
+    return [read.directions[name] for read in readouts if isinstance(read, Dots)]
 
 
 def linear_cross_entropy(

@@ -19,7 +19,7 @@ from curate.kernels.cross_entropy import Gathered, gathering
 from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.scorers.fallback import Catcher, Replay, whole_model_rows
 from curate.scorers.head import HeadWatch, row_statistics
-from curate.scorers.head_uses import HeadCall, head_wants
+from curate.scorers.head_uses import HeadCall, head_directions, head_wants
 from curate.scorers.logit_grad import Given, LogitGradient, logit_gradient
 from curate.scorers.needs import Harvest, Needs
 from curate.scorers.parts import (
@@ -296,7 +296,8 @@ class _Pass:
             ids[0] if len(ids) == 1 else None,
             self.row_map,
         )
-        call.prepare(layout, self.row_map, replace(wants, statistics=self.needs.statistics))
+        wants = replace(wants, statistics=self.needs.statistics)
+        call.prepare(layout, self.row_map, wants, head_directions(name, found))
 
     # -- the slower paths
 

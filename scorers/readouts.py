@@ -105,8 +105,8 @@ class TwoSidedSketch:
         keys = self.keys(name)
         if isinstance(pair := gradient.pair, Convolved):
             total.append(conv_sketch(pair.grad, pair.input, pair.geometry, keys, self.k))
-        elif isinstance(pair, HeadPart) and pair.sums.sketch is not None:
-            total.append(pair.sketch(keys, self.k))
+        elif isinstance(pair, HeadPart) and (made := pair.sketch(keys, self.k)) is not None:
+            total.append(made)
         elif pair is not None:
             total.append(_of_pair(pair, lambda a, b: sketch(a, b, keys, self.k)))
         if gradient.indexed is not None:
@@ -172,10 +172,11 @@ class Dots:
     directions: dict[str, Tensor]
 
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b m"]:
-        v, total = self.directions[gradient.name], list[Tensor]()
-        v = v.reshape(len(v), *gradient.matrix_shape)
-        if isinstance(pair := gradient.pair, HeadPart) and pair.sums.dots is not None:
-            total.append(pair.dots())
+        given, total = self.directions[gradient.name], list[Tensor]()
+        v = given.reshape(len(given), *gradient.matrix_shape)
+        pair = gradient.pair
+        if isinstance(pair, HeadPart) and (made := pair.dots(given)) is not None:
+            total.append(made)
         elif isinstance(pair, Convolved):
             total.append(conv_dot(pair.grad, pair.input, pair.geometry, v))
         elif pair is not None:

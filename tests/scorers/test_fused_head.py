@@ -12,9 +12,12 @@ from curate.kernels.projection import project_matrix
 from curate.kernels.rademacher import stream_key
 from curate.kernels.sketch import sketch_matrix
 from curate.scorers.engine import Engine
+from curate.scorers.needs import Needs
 from curate.scorers.protocol import Batch, Outputs, Signal
+from curate.scorers.readouts import Dots, TwoSidedSketch
 from curate.scorers.signals import signals
 from curate.scorers.split_head import split_head
+from curate.scorers.watched_model import WatchedModel
 
 VOCAB, WIDTH, TOKENS = 29, 8, 6
 KINDS = "loss", "el2n", "entropy", "margin", "correct", "tokens", "el2n_seq", "weight_alignment"
@@ -164,3 +167,28 @@ def test_sketches_of_a_head_use_the_signs_of_its_parameter(kit) -> None:
     got = signals(model, batch, fused, ["sketch"], params="head", sketch_dim=(5, 2), seed=1)
     keys = stream_key(1, "head.weight", "rows"), stream_key(1, "head.weight", "columns")
     torch.testing.assert_close(got["sketch"], sketch_matrix(grad, keys, (5, 2)))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_several_sets_of_directions_and_sketches_do_not_meet(
+    model: Language, windows: bool
+) -> None:
+    """Each readout by itself is checked above; all together must give the same of each."""
+    batch, own = make_batch(windows), dict(model.named_parameters())
+    names = frozenset(own)
+    reads: dict[str, Dots | TwoSidedSketch] = {
+        f"{m} directions": Dots({n: torch.randn(m, *p.shape).double() for n, p in own.items()})
+        for m in (2, 1, 3)
+    }
+    reads |= {f"seed {seed}": TwoSidedSketch(seed, k) for seed, k in ((1, (3, 4)), (2, (5, 2)))}
+    passes = WatchedModel(model, fused, probe=True)
+    passes.want([""], head=False)
+    passes.verify(batch)
+    head = passes.passes.plan.head
+    assert head is not None and head.key is not None and head.key[0] == "linear_head"
+    together = passes.passes.run(batch, Needs({key: (names, read) for key, read in reads.items()}))
+    for key, read in reads.items():
+        alone = passes.passes.run(batch, Needs({key: (names, read)})).readouts[key]
+        for name, value in alone.items():
+            found = together.readouts[key][name]
+            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-12, msg=f"{key} {name}")
