@@ -142,6 +142,12 @@ def train(
     pack: Annotated[
         bool, typer.Option(help="Language: pack documents into full contexts.")
     ] = False,
+    save_moments: Annotated[
+        bool, typer.Option("--save-moments", help="Keep Adam's moments, for LESS.")
+    ] = False,
+    null_input: Annotated[
+        bool, typer.Option("--null-input", help="Train on empty inputs: a reference for pvi.")
+    ] = False,
     engine: TrainEngine = "local",
     ray_address: RayAddress = None,
     num_gpus: Annotated[float | None, typer.Option(help="GPUs per run.")] = None,
@@ -176,6 +182,8 @@ def train(
         weight_decay=weight_decay,
         precision=precision,
         pack=pack,
+        save_moments=save_moments,
+        null_input=null_input,
         engine=engine,
         ray_address=ray_address,
         num_gpus=num_gpus,
@@ -318,7 +326,7 @@ def select(
     ] = None,
     vectors: Annotated[
         str | None,
-        typer.Option(help="What rows are compared by: column:NAME, FILE.npy, ...; see the docs."),
+        typer.Option(help="Rows are compared by: embedding, sketch, column:NAME, FILE.npy, encoder:FOLDER."),
     ] = None,
     target_vectors: Annotated[
         str | None, typer.Option(help="Vectors of the rows to compare with, named likewise.")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from curate.pipeline.manifests.loader import load_manifest
 from curate.pipeline.manifests.row_source import RowSource
 from curate.pipeline.models.checkpoint import Checkpoint, find_checkpoints
 from curate.pipeline.models.models import absolute_model, make_model, model_args
@@ -52,7 +53,7 @@ log = logging.getLogger("curate.train")
 
 
 def train(
-    corpus: str | Sequence[str] | Corpus,
+    corpus: str | Sequence[str] | Corpus | None = None,
     *,
     model: str,
     task: str | None = None,
@@ -75,6 +76,8 @@ def train(
     precision: str | None = None,
     device: str | None = None,
     pack: bool = False,
+    save_moments: bool = False,
+    null_input: bool = False,
     threads: int | None = None,
     num_gpus: int | float | None = None,
     engine: str = "local",
@@ -85,11 +88,13 @@ def train(
 ) -> list[Checkpoint]:
     """Train `model` once per seed and return the checkpoints, ordered by seed and step.
 
-    With a manifest, on its rows: as many steps as the whole corpus would take (`match="steps"`),
-    or `epochs` over the selection (`match="epochs"`). Step 0 is `save_epochs=[0]`; by default
+    With a manifest, on its rows (of its own corpus or mixture where none is named): as many steps
+    as the whole corpus would take (`match="steps"`), or `epochs` over the selection (`match="epochs"`). Step 0 is `save_epochs=[0]`; by default
     checkpoints stand at a fifth, a half and the end. What is not given is usual for the model:
     `train_settings.recipe`. `model_options` are the model's own arguments. `pack` puts documents
-    end to end (then nothing is recorded per row). `num_gpus` is what a seed takes of a Ray
+    end to end (then nothing is recorded per row). With `null_input` every row's input is the task's
+    empty one: a reference for the score pvi. `save_moments` writes Adam's moments beside the
+    weights of each checkpoint, which `grad_similarity(mode=less)` needs. `num_gpus` is what a seed takes of a Ray
     node's GPUs. `threads` are CPU threads; by default CURATE_THREADS,
     or one for models so small that several only wait for each other, else torch's number.
 
@@ -122,6 +127,8 @@ def train(
         precision=precision,
         device=device,
         pack=pack,
+        save_moments=save_moments,
+        null_input=null_input,
         threads=threads,
         out=out,
     )
@@ -137,7 +144,7 @@ def train(
 
 
 def settings_for(
-    corpus: str | Sequence[str] | Corpus,
+    corpus: str | Sequence[str] | Corpus | None,
     *,
     model: str,
     out: str | os.PathLike[str],
@@ -160,6 +167,8 @@ def settings_for(
     precision: str | None = None,
     device: str | None = None,
     pack: bool = False,
+    save_moments: bool = False,
+    null_input: bool = False,
     threads: int | None = None,
     records: bool = True,
 ) -> TrainSettings:
@@ -168,7 +177,7 @@ def settings_for(
     One batch goes through the model here, so that a model that does not fit the task is refused
     before anything starts.
     """
-    opened = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
+    opened = _opened(corpus, manifest)
     made = _task(opened, task, task_options, model)
     usual, device = recipe(model), device or default_device()
     settings = TrainSettings(
@@ -194,11 +203,17 @@ def settings_for(
         save_epochs=None if save_epochs is None else tuple(save_epochs),
         save_steps=None if save_steps is None else tuple(save_steps),
         pack=pack,
+        save_moments=save_moments,
+        null_input=null_input,
         records=records and not pack,
         out=_local(out),
     )
     if pack and not isinstance(made, CausalLM):
         raise ValueError(f"only documents of causal_lm can be packed, not rows of {made.kind}")
+    if pack and null_input:
+        raise ValueError(
+            "packed documents have no inputs that could be empty: leave one of them out"
+        )
     if manifest is not None:
         settings = settings.on_manifest(manifest)
     flops = _step_flops(settings, made)
@@ -248,6 +263,16 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"unknown engine {engine!r}; choose one of: {', '.join(get_args(Engine))}")
 
 
+def _opened(corpus: str | Sequence[str] | Corpus | None, manifest: str | None) -> Corpus:
+    if isinstance(corpus, Corpus):
+        return corpus
+    if corpus is not None:
+        return open_corpus(corpus)
+    if manifest is None:
+        raise ValueError("name what to train on: a corpus, or a manifest, which knows its own")
+    return load_manifest(manifest).corpus
+
+
 def _task(corpus: Corpus, task: str | None, options: Mapping[str, Any] | None, model: str) -> Task:
     if not corpus.rows:
         raise ValueError(f"the corpus {corpus.uri} has no rows")
@@ -280,6 +305,8 @@ def _step_flops(settings: TrainSettings, task: Task) -> float:
     with reproducible(settings.threads, "cpu"):
         probe = make_model(settings.model, **settings.model_args).eval()
         batch = task.collate(encoded)
+        if settings.null_input:
+            batch = task.blank(batch)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             _outputs_of(task, probe, batch, settings.model)
     return float(counter.get_total_flops()) / batch.rows * settings.batch_size

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
+from curate.pipeline.manifests.mixture import mix
 from curate.pipeline.models.checkpoint import load_model
 from curate.pipeline.models.models import make_model
 from curate.pipeline.reading.corpus import open_corpus
@@ -94,6 +95,26 @@ def tree(folder):
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
     }
+
+
+# A manifest alone
+
+
+def test_a_manifest_knows_its_corpus_and_a_mixture_its_corpora(corpus, tmp_path):
+    """A mixture by rows is the same training as that on one corpus with the same rows."""
+    parts = [
+        manifest(f"{corpus}/{name}.parquet", tmp_path / f"of_{name}", range(rows))
+        for name, rows in (("a", 200), ("b", 100))
+    ]
+    mixed = mix(parts, [2, 1], tmp_path / "mixed", by="rows")
+    plain = manifest(corpus, tmp_path / "plain", range(TRAIN_ROWS))
+    weights = []
+    for name, path in (("x", mixed.path), ("y", plain)):
+        last = train(manifest=path, out=tmp_path / name, **QUICK)[-1]
+        weights.append((Path(last.path) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    with pytest.raises(ValueError, match="name what to train on"):
+        train(out=tmp_path / "z", **QUICK)
 
 
 # What comes out
