@@ -326,7 +326,7 @@ def select(
     ] = None,
     vectors: Annotated[
         str | None,
-        typer.Option(help="Rows are compared by: embedding, sketch, column:NAME, FILE.npy, encoder:FOLDER."),
+        typer.Option(help="embedding, sketch, column:NAME, FILE.npy or encoder:FOLDER."),
     ] = None,
     target_vectors: Annotated[
         str | None, typer.Option(help="Vectors of the rows to compare with, named likewise.")

@@ -10,10 +10,11 @@ from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.vectors.column import Column
 from curate.pipeline.vectors.npy import NpyFile
 from curate.pipeline.vectors.source import Source, Wanted
+from curate.pipeline.vectors.stored import Stored, is_store
 from curate.selectors.protocol import Selector, Table
 from curate.selectors.vectors import Vectors
 
-SOURCES = "column:NAME or FILE.npy"
+SOURCES = "embedding, sketch, column:NAME, FILE.npy or encoder:FOLDER"
 
 
 class TableWithVectors:
@@ -109,6 +110,13 @@ def find_source(text: str, wanted: Wanted) -> Source:
     kind, colon, name = text.partition(":")
     if colon and kind == "column":
         return Column(name, wanted)
+    if colon and kind == "encoder":
+        from curate.pipeline.vectors.encoder import Encoder  # brings torch
+
+        folder, at, column = name.rpartition("@")
+        return Encoder(folder, wanted, column) if at else Encoder(name, wanted)
+    if is_store(text):
+        return Stored(text, wanted)
     if text.endswith(".npy"):
         return NpyFile(text, wanted)
     raise ValueError(f"{wanted.flag} {text!r} names no vectors; give {SOURCES}")
