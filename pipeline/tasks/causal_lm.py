@@ -204,6 +204,13 @@ class CausalLM(Task):
         ids = torch.from_numpy(row_ids) if is_cut else None
         return Batch({"input_ids": inputs}, targets, encoded.num_rows, ids)
 
+    def blank(self, batch: Batch) -> Batch:
+        """Raise ValueError: a document is all target, and no part of it an input."""
+        raise ValueError(
+            "a document of causal_lm is all target: there is no prompt beside it that could be "
+            "empty; null inputs need a task with labels"
+        )
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Return each document's loss, in nats, with targets and logits per window.
 

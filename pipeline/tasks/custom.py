@@ -35,6 +35,9 @@ class CustomTask(Task):
     def collate(self, encoded: pa.Table) -> Batch:
         return self.task.collate(encoded)
 
+    def blank(self, batch: Batch) -> Batch:
+        return self.task.blank(batch)
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         return self.task.outputs(model, batch)
 

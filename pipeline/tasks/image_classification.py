@@ -22,6 +22,7 @@ from curate.pipeline.tasks.arrays import (
     list_shape,
     storage_type,
 )
+from curate.pipeline.tasks.blank import zero_inputs
 from curate.pipeline.tasks.classification import Classification, described
 from curate.pipeline.tasks.image_files import files, has_paths, survey
 from curate.pipeline.tasks.images import Mode, decode
@@ -167,6 +168,10 @@ class ImageClassification(Classification):
             images = images / torch.tensor(self.std).reshape(-1, 1, 1)
         targets = torch.from_numpy(encoded.column("label").to_numpy().copy())
         return Batch({"images": images}, targets, encoded.num_rows)
+
+    def blank(self, batch: Batch) -> Batch:
+        """Return the batch with zero pixels in every row."""
+        return zero_inputs(batch)
 
     @property
     def _mode(self) -> Mode:

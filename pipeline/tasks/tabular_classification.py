@@ -26,6 +26,7 @@ from curate.pipeline.tasks.arrays import (
     list_shape,
     storage_type,
 )
+from curate.pipeline.tasks.blank import zero_inputs
 from curate.pipeline.tasks.classification import Classification, described
 from curate.pipeline.tasks.labels import find_labels
 from curate.pipeline.tasks.schema import id_column, inputs_left
@@ -159,6 +160,10 @@ class TabularClassification(Classification):
         values = torch.from_numpy(dense(encoded.column("features"), "features").copy())
         targets = torch.from_numpy(encoded.column("label").to_numpy().copy())
         return Batch({"features": values}, targets, encoded.num_rows)
+
+    def blank(self, batch: Batch) -> Batch:
+        """Return the batch with zeros in every row: the mean of what is standardised."""
+        return zero_inputs(batch)
 
 
 def is_feature(schema: pa.Schema, name: str) -> bool:

@@ -65,6 +65,18 @@ class Task(ABC):
             ValueError: rows do not fit together or a label is out of range.
         """
 
+    def blank(self, batch: Batch) -> Batch:
+        """Return the batch with an empty input in each row, the same in all; targets as they are.
+
+        For models of how far labels can be guessed without an input (`curate train --null-input`).
+
+        Raises:
+            ValueError: the task has no empty input; the message says why.
+        """
+        raise ValueError(
+            f"the task {self.kind} does not say what an empty input is: define blank(batch) in it"
+        )
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model and return each row's loss with its logits and targets."""

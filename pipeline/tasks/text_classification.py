@@ -16,6 +16,7 @@ import torch
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import combined, lists, padded, ragged
+from curate.pipeline.tasks.blank import empty_texts
 from curate.pipeline.tasks.classification import Classification, described
 from curate.pipeline.tasks.labels import find_labels
 from curate.pipeline.tasks.schema import id_column
@@ -148,6 +149,10 @@ class TextClassification(Classification):
             inputs["token_type_ids"] = padded(types, starts, lengths, 0)
         targets = torch.from_numpy(encoded.column("label").to_numpy().copy())
         return Batch({k: torch.from_numpy(v) for k, v in inputs.items()}, targets, encoded.num_rows)
+
+    def blank(self, batch: Batch) -> Batch:
+        """Return the batch with the special tokens of the empty text, or pair, in every row."""
+        return empty_texts(batch, self.tokenizer, self.inputs)
 
 
 def vocabulary(source: str) -> int:
