@@ -22,6 +22,7 @@ from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
 from curate.scorers.protocol import ADAM_KINDS, RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal
 from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
+from curate.scorers.row_vectors import Sketch, embedding, sketches
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 __all__ = ["Engine", "EngineError"]
@@ -69,15 +70,19 @@ class Engine:
         self.sketch: TwoSidedSketch | None = None
         """Where set, `directions` are sketches of this kind, and products those of sketches."""
         self._target_norms: dict[str, Tensor] = {}
+        self.row_sketch: Sketch | None = None
+        """The kind of the signal `sketch`; set before the first batch."""
+        self._sketched = [s.params for s in self.wanted if s.kind == "sketch"]
         self.comparisons: Mapping[Signal, AdamComparison] = {}
         """By each wanted `adam_target_dot`, for the weights that are loaded."""
         self._adam = sorted({_comparison(s) for s in self.wanted if s.kind in ADAM_KINDS})
-        gradients = [*self._sets, *self._target_sets, *(s.params for s in self._adam)]
+        gradients = [*self._sets, *self._target_sets, *self._sketched]
+        gradients += [s.params for s in self._adam]
         for params in gradients:
             self._core.check(params)
         self._core.want(
             params=gradients,
-            head="weight_alignment" in kinds,
+            head=bool(kinds & {"weight_alignment", "embedding"}),
             logits=bool(kinds & {"el2n_seq", "logit_grad"}),
         )
         self._kinds = kinds
@@ -96,6 +101,7 @@ class Engine:
     def differentiates(self) -> bool:
         """Whether there is a backward pass."""
         kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot", "logit_grad"}
+        kinds |= {"sketch"}
         return bool(self._kinds & (kinds | ADAM_KINDS))
 
     @property
@@ -175,8 +181,8 @@ class Engine:
     def __call__(self, batch: Any) -> dict[Signal, Float[Tensor, "b ..."]]:
         """Return every wanted signal [B], float32 (float64 for a float64 model), on its device.
 
-        Those that compare a row with a target are [B, M], the logit's gradient is [B, N], of
-        tokens in the model's own dtype.
+        Those that compare a row with a target are [B, M], sketches, embeddings and probabilities a
+        vector per row; the logit's gradient is [B, N], of tokens in the model's own dtype.
         """
         core = self._core
         core.ready(batch)
@@ -186,6 +192,8 @@ class Engine:
             logit_norm="el2n_seq" in self._kinds,
             alignment="weight_alignment" in self._kinds,
             logit_grad="logit_grad" in self._kinds,
+            hidden="embedding" in self._kinds,
+            probs="probs" in self._kinds,
         )
         harvest = core.passes.run(batch, needs)
         return {s: self._signal(s, harvest) for s in self.wanted}
@@ -199,10 +207,18 @@ class Engine:
             assert self._directions, "a target's directions are set before the first batch"
             read = self.sketch or Dots(dict(self._directions))
             readouts["target"] = self._union(self._target_sets), read
+        if self._sketched:
+            assert self.row_sketch is not None, "set before the first batch"
+            readouts["sketch"] = self._union(self._sketched), self.row_sketch
         for signal in self._adam:
             assert signal in self.comparisons, "set before the first batch"
             readouts[str(signal)] = self._core.names(signal.params), self.comparisons[signal]
         return readouts
+
+    def sketched(self, params: str) -> list[str]:
+        """Return the parameters that a sketch is of, in the order of its parts."""
+        names = self._core.names(params)
+        return [name for name in self._core.all if name in names]
 
     def _union(self, sets: Iterable[str]) -> frozenset[str]:
         return frozenset().union(*map(self._core.names, sets))
@@ -224,6 +240,14 @@ class Engine:
         if signal.kind in ADAM_KINDS:
             square, dots = self._adam_values(_comparison(signal), harvest)
             return square if signal.kind == "adam_sq_norm" else dots
+        if signal.kind == "sketch":
+            assert self.row_sketch is not None, "set before the first batch"
+            return sketches(harvest, "sketch", self.sketched(signal.params), self.row_sketch)
+        if signal.kind == "embedding":
+            return embedding(harvest, core)
+        if signal.kind == "probs":
+            assert harvest.probs is not None, "asked for"
+            return harvest.probs
         if signal.kind == "el2n_seq":
             assert harvest.logit_norm is not None, "asked for"
             return harvest.logit_norm

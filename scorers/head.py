@@ -1,4 +1,7 @@
-"""What the logits tell about a row, and the signals of the use that made them."""
+"""What the logits tell about a row, and the signals of the use that made them.
+
+Shapes: B rows, S sequences, T tokens, D hidden size, C classes.
+"""
 
 from dataclasses import dataclass
 
@@ -34,6 +37,25 @@ def row_statistics(
     tokens = row_map.total(mask)
     means = {name: row_map.total(value) / tokens for name, value in each._asdict().items()}
     return means | {"tokens": tokens}
+
+
+def probabilities(outputs: Outputs, rows: int) -> Float[Tensor, "b c"]:
+    """Return softmax over classes, float32 or finer: what is tiny in half precision is no 0.
+
+    Raises:
+        ValueError: the outputs are not one prediction over classes for each row.
+    """
+    logits = outputs.logits
+    if logits is None and outputs.hidden is not None and outputs.head is not None:
+        if outputs.hidden.dim() == 2:
+            with torch.no_grad():
+                logits = outputs.head(outputs.hidden.detach())
+    if logits is None or logits.dim() != 2 or len(logits) != rows:
+        raise ValueError(
+            "probs needs Outputs.logits with one line of classes for each row, [B, C]: of "
+            "sequences of tokens store an embedding or a sketch instead"
+        )
+    return accumulable(logits.detach()).softmax(1)
 
 
 def _targets(outputs: Outputs) -> Tensor:

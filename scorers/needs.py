@@ -25,6 +25,7 @@ class Needs:
     hidden: bool = False
     input_grad: bool = False
     logit_grad: bool = False
+    probs: bool = False
 
     @property
     def params(self) -> frozenset[str]:
@@ -64,3 +65,4 @@ class Harvest:
     row_ids: Tensor | None = None
     input_grad: dict[str, Tensor] = field(default_factory=dict)
     logit_grad: LogitGradient | None = None
+    probs: Float[Tensor, "b c"] | None = None

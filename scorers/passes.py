@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from curate.kernels.cross_entropy import Gathered, gathering
 from curate.kernels.grad_norm import SCRATCH, accumulable
 from curate.scorers.fallback import Catcher, Replay, whole_model_rows
-from curate.scorers.head import HeadWatch, row_statistics
+from curate.scorers.head import HeadWatch, probabilities, row_statistics
 from curate.scorers.head_uses import HeadCall, head_directions, head_wants
 from curate.scorers.logit_grad import Given, LogitGradient, logit_gradient
 from curate.scorers.needs import Harvest, Needs
@@ -248,6 +248,8 @@ class _Pass:
         )
         if self.needs.statistics:
             harvest.statistics = row_statistics(outputs, gathered, self.row_map)
+        if self.needs.probs:
+            harvest.probs = probabilities(outputs, self.rows)
         return harvest
 
     def _consume(self, gradient: Gradient) -> None:

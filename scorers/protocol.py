@@ -97,6 +97,9 @@ SignalKind = Literal[
     "angle_pairs",  # the same of different tokens
     "angle_code",  # the same over the lower triangle and one diagonal above it, zeros elsewhere
     "angle_prompt",  # mean cosine of a row's own tokens with its prompt's, 0 where it has none
+    "sketch",  # random sketch of d(row loss)/d(params), a vector per row; for a store
+    "embedding",  # the input of the head, mean over target tokens, a vector per row
+    "probs",  # softmax over classes, a vector per row
     "forgetting",  # from training records: events per run
     "aum",  # from training records: area under the margin
     "text_weight",  # from the row's text: log of how much likelier its n-grams are in the target
@@ -111,6 +114,8 @@ TEXT_KINDS = frozenset({"text_weight"})
 """Signals read from the row's text; they need no model and no checkpoint."""
 ANGLE_KINDS = frozenset({"angle_paper", "angle_pairs", "angle_code", "angle_prompt"})
 """Signals of the angles between hidden states; `params` names the layer they go into."""
+VECTOR_KINDS = frozenset({"sketch", "embedding", "probs"})
+"""Signals that are a vector per row: they are stored, and no scorer reduces them."""
 TARGET_KINDS = frozenset({"target_dot", "target_norm"})
 """Signals that compare a row with a target: [K, B, M] where others are [K, B]."""
 ADAM_KINDS = frozenset({"adam_sq_norm", "adam_target_dot"})

@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from curate.kernels.grad_norm import accumulable
-from curate.kernels.sparse_projection import MOST_OUTPUTS
 from curate.scorers.head import STATISTICS
 from curate.scorers.needs import Harvest, Needs
 from curate.scorers.prepared import named_parameters
-from curate.scorers.protocol import IGNORE
-from curate.scorers.readouts import Dots, Projection, TwoSidedSketch, sq_norm
+from curate.scorers.readouts import Dots, sq_norm
+from curate.scorers.row_vectors import Sketch, embedding, sketch_kind, sketches
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 _VECTORS = frozenset({"grad_norm", "sketch", "grad_dot", "input_grad", "embedding"})
@@ -105,29 +102,11 @@ def _readouts(
     if wants & {"grad_norm", "grad_sq_norm"}:
         readouts["sq_norm"] = names, sq_norm
     if "sketch" in wants:
-        sides = (sketch_dim, sketch_dim) if isinstance(sketch_dim, int) else sketch_dim
-        if len(sides) not in (1, 2) or any(k < 1 for k in sides):
-            raise ValueError(f"sketch_dim must be k, (k_o, k_i) or (k,), not {sketch_dim!r}")
-        if len(sides) == 2:
-            readouts["sketch"] = names, TwoSidedSketch(seed, (sides[0], sides[1]))
-        else:
-            readouts["sketch"] = names, Projection(seed, sides[0], _is_sparse(sides[0], jl))
+        readouts["sketch"] = names, sketch_kind(sketch_dim, jl, seed)
     if "grad_dot" in wants:
         stacked = _stacked(directions, core)
         readouts["grad_dot"] = names & stacked.keys(), Dots(stacked)
     return readouts
-
-
-def _is_sparse(k: int, jl: str | None) -> bool:
-    fits = k.bit_count() == 1 and k <= MOST_OUTPUTS
-    if jl not in (None, "sparse", "dense"):
-        raise ValueError(f"jl must be 'sparse' or 'dense', not {jl!r}")
-    if jl == "sparse" and not fits:
-        raise ValueError(
-            f"a sparse map needs a power of two up to {MOST_OUTPUTS} in sketch_dim, not {k}; "
-            "choose one, or jl='dense'"
-        )
-    return fits if jl is None else jl == "sparse"
 
 
 def _stacked(
@@ -174,7 +153,9 @@ def _named(
             square = total(harvest, "sq_norm", names)
             out[kind] = square.sqrt() if kind == "grad_norm" else square
         elif kind == "sketch":
-            out[kind] = _sketch(harvest, [n for n in core.all if n in names], needs)
+            _, sketch = needs.readouts[kind]
+            assert isinstance(sketch, Sketch), "made above"
+            out[kind] = sketches(harvest, kind, [n for n in core.all if n in names], sketch)
         elif kind == "grad_dot":
             values = list(harvest.readouts[kind].values())
             _, dots = needs.readouts[kind]
@@ -183,44 +164,9 @@ def _named(
             zero = harvest.loss.new_zeros(len(harvest.loss), m)
             out[kind] = torch.stack([zero, *values]).sum(0)
         elif kind == "embedding":
-            out[kind] = _embedding(harvest, core)
+            out[kind] = embedding(harvest, core)
         elif len(harvest.input_grad) == 1:
             out[kind] = next(iter(harvest.input_grad.values()))
         else:
             out |= {f"input_grad/{name}": g for name, g in harvest.input_grad.items()}
     return out
-
-
-def _sketch(harvest: Harvest, names: Sequence[str], needs: Needs) -> Float[Tensor, "b k"]:
-    _, readout = needs.readouts["sketch"]
-    found, rows = harvest.readouts["sketch"], len(harvest.loss)
-    if isinstance(readout, Projection):
-        zero = harvest.loss.new_zeros(rows, readout.k)
-        return torch.stack([zero, *(found[n] for n in names if n in found)]).sum(0)
-    assert isinstance(readout, TwoSidedSketch), "made above"
-    zero = harvest.loss.new_zeros(rows, readout.k[0] * readout.k[1])
-    return torch.cat([found.get(name, zero) for name in names], 1)
-
-
-def _embedding(harvest: Harvest, core: WatchedModel) -> Float[Tensor, "b d"]:
-    """The head's input, averaged over target tokens where a row has several."""
-    hidden, targets, head = harvest.hidden, harvest.targets, core.passes.plan.head
-    assert hidden is not None and head is not None, "asked for"
-    rows, row_ids = len(harvest.loss), harvest.row_ids
-    hidden = hidden.flatten(1, -2) if hidden.dim() > 2 else hidden[:, None]
-    tokens = hidden.new_ones(hidden.shape[:2])
-    if targets is not None and hidden.shape[1] > 1:
-        mask = (targets != IGNORE).reshape(len(targets), -1)
-        if mask.shape[1] > hidden.shape[1] or not head.starts_at_token_0:
-            raise ValueError(
-                "embedding: the targets do not lie on the positions of the head's input; "
-                "align Outputs.logits and targets with it, IGNORE (-100) where there is no target"
-            )
-        tokens[:] = 0
-        tokens[:, : mask.shape[1]] = mask
-    hidden = torch.einsum("std,st->sd", accumulable(hidden), accumulable(tokens))
-    count = accumulable(tokens).sum(1)
-    if row_ids is not None:
-        hidden = hidden.new_zeros(rows, hidden.shape[1]).index_add_(0, row_ids, hidden)
-        count = count.new_zeros(rows).index_add_(0, row_ids, count)
-    return hidden / count[:, None]

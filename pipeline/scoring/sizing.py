@@ -19,7 +19,7 @@ OPERATIONS_PER_S = {"cpu": 2e10, "cuda": 2e13}
 SECONDS_PER_ROW = 2e-5
 SECONDS_PER_ROW_AND_CHECKPOINT = 1e-5
 """Reading, encoding and Python, whatever the model."""
-GRADIENTS: frozenset[SignalKind] = frozenset({"grad_sq_norm", "target_dot"})
+GRADIENTS: frozenset[SignalKind] = frozenset({"grad_sq_norm", "target_dot", "sketch"})
 
 
 @dataclass(frozen=True)

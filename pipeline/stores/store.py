@@ -251,7 +251,7 @@ class _File:
         if len(store.checkpoints) > 1:
             found *= np.sqrt(store.weights).astype(np.float32)[:, None]
         found[~_is_there(batch)[rows]] = np.nan
-        return found
+        return np.asarray(found)
 
 
 def _numbers(batch: pa.RecordBatch, name: str, shape: tuple[int, ...]) -> np.ndarray:
