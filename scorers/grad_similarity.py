@@ -1,15 +1,16 @@
-"""Similarity of a row's gradient with that of a target set (TracIn, DVGS)."""
+"""Similarity of a row's gradient with that of a target set (TracIn, DVGS, LESS)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curate.scorers.adam_readout import UPDATES
 from curate.scorers.protocol import Direction, Signal
 
-MODES = "tracin", "dvgs"
+MODES = "tracin", "dvgs", "less"
 SIMILARITIES = "cosine", "dot"
 GROUPS = "max", "mean"
 
@@ -19,12 +20,20 @@ _DIRECTIONS: dict[str, Direction] = {
         keep="high",
         source="Pruthi et al. 2020; Xia et al. 2024 keep high",
         valid="checkpoints spread over a run; a clean target drawn as the model will be used",
+        asks=("spread_checkpoints",),
     ),
     "dvgs": Direction(
         high_means="good: its gradient agrees with the target's",
         keep="high",
         source="Evans et al. 2024",
         valid="checkpoints of a model that is trained on the target",
+        asks=("trained_on_target",),
+    ),
+    "less": Direction(
+        high_means="helps the target: Adam's step on this row lowers the target's loss",
+        keep="high",
+        source="Xia et al. 2024 keep the 5 % that are highest",
+        valid="checkpoints of a short warm-up run with Adam, moments saved; a clean target",
     ),
 }
 
@@ -41,34 +50,64 @@ class GradSimilarity:
     best, as LESS does over its sub-tasks (Xia et al. 2024, arXiv 2402.04333); the mean loses
     groups that pull in different directions. `params` limits θ as in GraNd.
 
+    `mode="less"` is LESS itself (Xia et al. 2024, definition 3.1 and section 4):
+
+        max_m mean_{z' in m} Σ_k w_k cos(Γ(z; θ_k), ∇_θ ℓ(z'; θ_k))
+
+    Γ is the step that Adam would take at θ_k on the row alone, from the checkpoint's moments;
+    `adam` says in which form (`Moments.step`). Target rows have plain gradients, each brought to
+    length 1 before the mean. w are learning rates, as in `tracin`. `projection=8192` compares dense
+    Rademacher projections instead, as the published code does; 0 compares the gradients.
+
     Raises:
-        ValueError: a setting that is none of these.
+        ValueError: a setting that is none of these, or one that the mode does not have.
     """
 
     params: str = ""
     mode: str = "tracin"
     similarity: str = "cosine"
     groups: str = "max"
+    adam: str = "less"
+    projection: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode == "less":
-            raise ValueError(
-                "grad_similarity: mode less needs Adam's moments, which checkpoints do not hold; "
-                "choose tracin or dvgs"
-            )
-        for name, choices in (("mode", MODES), ("similarity", SIMILARITIES), ("groups", GROUPS)):
+        for name, choices in (
+            ("mode", MODES), ("similarity", SIMILARITIES), ("groups", GROUPS), ("adam", UPDATES)
+        ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"grad_similarity: {name} is one of {', '.join(choices)}, "
                     f"not {getattr(self, name)!r}"
                 )
+        if not isinstance(self.projection, int) or self.projection < 0:
+            raise ValueError(
+                f"grad_similarity: projection is a number of dimensions, not {self.projection!r}"
+            )
+        if self.mode == "less" and self.similarity != "cosine":
+            raise ValueError("grad_similarity: mode less compares by similarity cosine alone")
+        if self.mode != "less" and (self.projection or self.adam != "less"):
+            raise ValueError(
+                f"grad_similarity: adam and projection belong to mode less, not to {self.mode}"
+            )
 
     @property
     def direction(self) -> Direction:
-        return _DIRECTIONS[self.mode]
+        known = _DIRECTIONS[self.mode]
+        if self.similarity == "cosine":
+            return known
+        at_top = "; wrong labels are at the top as well" if self.groups == "max" else ""
+        return replace(
+            known,
+            high_means="its long gradient agrees with the target's: helps it if the row's own "
+            f"label is right{at_top}",
+            valid=f"{known.valid}; rows whose labels are right",
+            asks=(*known.asks, "right_labels"),
+        )
 
     @property
     def needs(self) -> frozenset[Signal]:
+        if self.mode == "less":
+            return frozenset(self._of_adam())
         dot = Signal("target_dot", self.params)
         if self.similarity == "dot":
             return frozenset({dot})
@@ -78,14 +117,24 @@ class GradSimilarity:
     def reduce(
         self, signals: Mapping[Signal, Float[Tensor, "k b ..."]], weights: Float[Tensor, " k"]
     ) -> Float[Tensor, " b"]:
-        value = signals[Signal("target_dot", self.params)]
-        if self.similarity == "cosine":
+        if self.mode == "less":
+            square, value = (signals[s] for s in self._of_adam())
+            value = _cosine(value, square[:, :, None], torch.ones_like(value))
+        elif self.similarity == "dot":
+            value = signals[Signal("target_dot", self.params)]
+        else:
+            value = signals[Signal("target_dot", self.params)]
             square = signals[Signal("grad_sq_norm", self.params)][:, :, None]
             value = _cosine(value, square, signals[Signal("target_norm", self.params)])
         if self.mode == "dvgs":
             weights = torch.full_like(weights, 1 / len(weights))
         of_group = torch.einsum("k,kbm->bm", weights, value)
         return of_group.amax(1) if self.groups == "max" else of_group.mean(1)
+
+    def _of_adam(self) -> tuple[Signal, Signal]:
+        """Return the signals of the step: its squared norm, and its products with the target."""
+        of = {"params": self.params, "adam": self.adam, "projection": self.projection}
+        return Signal("adam_sq_norm", **of), Signal("adam_target_dot", **of)  # type: ignore[arg-type]
 
 
 def _cosine(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from curate.pipeline.models.huggingface import (
     architecture,
@@ -26,6 +27,7 @@ from curate.pipeline.models.huggingface import (
     pretrained,
 )
 from curate.pipeline.models.models import absolute_model, make_model
+from curate.pipeline.models.moments import save_moments
 from curate.pipeline.models.weights import (
     copy_weights,
     load_weights_file,
@@ -62,6 +64,8 @@ class Checkpoint:
     rows_seen: int | None
     corpus: dict[str, Any] | None
     digest: str
+    null_input: bool = False
+    """Whether it was trained on empty inputs, so that it knows of the labels alone."""
 
 
 def checkpoint_name(seed: int, *, epoch: int | None = None, step: int | None = None) -> str:
@@ -83,10 +87,13 @@ def save_checkpoint(
     lr: float | None = None,
     rows_seen: int | None = None,
     corpus: Mapping[str, Any] | None = None,
+    null_input: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> Checkpoint:
     """Write a checkpoint to its folder, whole or not at all, replacing what was there.
 
-    `spec` is what `make_model` was called with, `task` a task's description.
+    `spec` is what `make_model` was called with, `task` a task's description. With an `optimizer`,
+    which is an Adam, its moments stand beside the weights.
     """
     target = Path(folder).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,12 +114,16 @@ def save_checkpoint(
         "rows_seen": rows_seen,
         "corpus": None if corpus is None else dict(corpus),
     }
+    if null_input:
+        meta["null_input"] = True
     if is_user_code(spec):
         meta["model_digest"] = file_digest(spec)
     try:
         with explained(target):
             made.mkdir()
             _write(made, unwrapped(model), meta)
+            if optimizer is not None:
+                save_moments(made, model, optimizer)
             _put_in_place(made, target)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
@@ -150,7 +161,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         _tell_if_changed(meta)
     names = ("model", "model_args", "task", "seed", "epoch", "step", "lr", "rows_seen", "corpus")
     try:
-        return Checkpoint(str(folder), **{n: meta[n] for n in names}, digest=digest)
+        told = {n: meta[n] for n in names}
+        null_input = meta.get("null_input", False)
+        return Checkpoint(str(folder), **told, digest=digest, null_input=null_input)
     except KeyError as error:
         raise ValueError(f"{folder / META} lacks {error}") from None
 

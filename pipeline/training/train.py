@@ -94,9 +94,9 @@ def train(
     `train_settings.recipe`. `model_options` are the model's own arguments. `pack` puts documents
     end to end (then nothing is recorded per row). With `null_input` every row's input is the task's
     empty one: a reference for the score pvi. `save_moments` writes Adam's moments beside the
-    weights of each checkpoint, which `grad_similarity(mode=less)` needs. `num_gpus` is what a seed takes of a Ray
-    node's GPUs. `threads` are CPU threads; by default CURATE_THREADS,
-    or one for models so small that several only wait for each other, else torch's number.
+    weights of each checkpoint, which `grad_similarity(mode=less)` needs. `num_gpus` is what a seed
+    takes of a Ray node's GPUs. `threads` are CPU threads; by default CURATE_THREADS, or one for
+    models so small that several only wait for each other, else torch's number.
 
     A run that was killed goes on when called again, and ends with the same bytes; finished seeds
     are not trained again; more seeds can be added. `overwrite` starts afresh.

@@ -87,7 +87,9 @@ class TrainSettings:
     records: bool
     out: str
     manifest_digest: str | None = None
+    save_moments: bool = False
     save_state_s: float = 60.0
+    null_input: bool = False  # every row's input is the task's empty one
 
     def __post_init__(self) -> None:
         for name, kinds in (
@@ -110,6 +112,8 @@ class TrainSettings:
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.save_moments and self.optimizer != "adamw":
+            raise ValueError(f"moments are saved of adamw, which {self.optimizer} is not")
         if not self.selected:
             raise ValueError(f"{self.manifest or self.corpus.uri} has no rows to train on")
         _ = self.points  # refuses checkpoints beyond the end
@@ -152,8 +156,12 @@ class TrainSettings:
     def to_json(self) -> dict[str, Any]:
         """Return what two runs must have in common for one to go on from the other."""
         apart = {"corpus", "out", "save_state_s", "manifest"}
+        if not self.save_moments:  # said only where it is so: earlier runs know nothing of it
+            apart.add("save_moments")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         whole = own | {"corpus": {k: v for k, v in self.corpus_entry.items() if k != "uri"}}
+        if not self.null_input:
+            del whole["null_input"]  # as configurations were written before there was a choice
         plain: dict[str, Any] = json.loads(json.dumps(whole))  # lists, as they come back from disk
         return plain
 

@@ -213,7 +213,8 @@ class SeedTraining:
             self._losses.append((fed, loss.detach().expand(len(fed.positions))))
             return loss
         assert fed.batch is not None, "a step without rows is skipped"
-        outputs = self.task.outputs(self.model, fed.batch)
+        batch = self.task.blank(fed.batch) if self.settings.null_input else fed.batch
+        outputs = self.task.outputs(self.model, batch)
         self._losses.append((fed, outputs.loss.detach()))
         if self.log is not None:
             self.log.add(fed.step, fed.positions, outputs)
@@ -251,6 +252,8 @@ class SeedTraining:
             lr=settings.rate(point.step) if point.step else 0.0,
             rows_seen=settings.length.rows_seen(point.step),
             corpus=settings.corpus_entry,
+            null_input=settings.null_input,
+            optimizer=self.optimizer if settings.save_moments else None,
         )
 
     def _epoch(self, point: SavePoint) -> int | float:
