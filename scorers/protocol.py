@@ -85,6 +85,8 @@ SignalKind = Literal[
     "target_norm",  # norm of each target group's mean gradient, the same for all rows; M values
     "adam_sq_norm",  # squared norm of the step that Adam would take on the row alone
     "adam_target_dot",  # its inner product with the mean of each target group's unit gradients
+    "weights_dot",  # inner product of d(row loss)/d(params) with (weights - a reference's weights)
+    "weights_norm",  # norm of that difference, the same for all rows
     "weight_alignment",  # cos(-d(row loss)/dW, W) for the head's weight matrix W
     "logit_grad",  # d(sum of target logits)/d(input), a vector per row
     "coordinates",  # how many entries of that vector are the row's own
@@ -100,6 +102,8 @@ SignalKind = Literal[
     "sketch",  # random sketch of d(row loss)/d(params), a vector per row; for a store
     "embedding",  # the input of the head, mean over target tokens, a vector per row
     "probs",  # softmax over classes, a vector per row
+    "reference_loss",  # the row's loss at other checkpoints; R values, the same at each checkpoint
+    "null_loss",  # the same of an empty input, at checkpoints that were trained on empty inputs
     "forgetting",  # from training records: events per run
     "aum",  # from training records: area under the margin
     "text_weight",  # from the row's text: log of how much likelier its n-grams are in the target
@@ -114,6 +118,10 @@ TEXT_KINDS = frozenset({"text_weight"})
 """Signals read from the row's text; they need no model and no checkpoint."""
 ANGLE_KINDS = frozenset({"angle_paper", "angle_pairs", "angle_code", "angle_prompt"})
 """Signals of the angles between hidden states; `params` names the layer they go into."""
+REFERENCE_KINDS = frozenset({"reference_loss", "null_loss"})
+"""Signals of the R reference checkpoints, not of those that are scored: [K, B, R]."""
+EXPERT_KINDS = frozenset({"weights_dot", "weights_norm"})
+"""Signals that compare a row's gradient with what leads from the weights to a reference's."""
 VECTOR_KINDS = frozenset({"sketch", "embedding", "probs"})
 """Signals that are a vector per row: they are stored, and no scorer reduces them."""
 TARGET_KINDS = frozenset({"target_dot", "target_norm"})
