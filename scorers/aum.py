@@ -23,6 +23,7 @@ class AUM:
         keep="high",
         source="Pleiss et al. 2020: drop the lowest; CCS calls low hard",
         valid="runs of several epochs",
+        asks=("several_epochs",),
     )
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal("aum")})
 

@@ -23,6 +23,7 @@ class EL2N:
         keep="high",
         source="Paul et al. 2021: keep high early in training; with noisy labels drop the very top",
         valid="after some training: epoch 1 or later (Fayyaz et al. 2022), never at initialisation",
+        asks=("one_epoch",),
     )
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal("el2n")})
 

@@ -23,6 +23,7 @@ class EL2NSeq:
         keep="high",
         source="the sequence form of Paul et al. 2021, definition 2.3",
         valid="after some training; compare rows of like length",
+        asks=("one_epoch",),
     )
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal("el2n_seq")})
 

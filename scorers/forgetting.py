@@ -23,6 +23,7 @@ class Forgetting:
         keep="high",
         source="Toneva et al. 2019: drop the unforgettable",
         valid="runs of several epochs",
+        asks=("several_epochs",),
     )
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal("forgetting")})
 

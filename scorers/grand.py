@@ -26,6 +26,7 @@ class GraNd:
         keep="high",
         source="Paul et al. 2021",
         valid="after some training: at initialisation it does not reproduce (Kirsch 2023)",
+        asks=("trained_one_epoch",),
     )
 
     @property

@@ -25,6 +25,7 @@ class SelfInfluence:
         keep="low",
         source="Thakkar et al. 2023 (PRESENCE-Sequential) keep low; high finds wrong labels",
         valid="checkpoints spread over a run",
+        asks=("spread_checkpoints",),
     )
 
     @property

@@ -41,6 +41,7 @@ class VoG:
         keep="high",
         source="Anand et al. 2023 keep high; Agarwal et al. 2022 show high ones to people",
         valid="two or more checkpoints of a run, models that are not linear",
+        asks=("several_checkpoints", "nonlinear"),
     )
 
     def __post_init__(self) -> None:

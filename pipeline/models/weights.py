@@ -36,6 +36,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     return []
 
 
+def weight_shapes(folder: str | Path) -> dict[str, list[int]]:
+    """Return the shapes of the weights in a folder by name; nothing is loaded of safetensors."""
+    return {name: shape for file in weight_files(folder) for name, shape in _shapes(file)}
+
+
 def save_weights(path: str | Path, model: nn.Module) -> None:
     """Write the model's state dict, each tied weight once, under its first name."""
     state = _state(model)

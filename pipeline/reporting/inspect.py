@@ -146,6 +146,16 @@ def inspect_scores(path: str | Path) -> dict[str, Any]:
         "quantiles_from": "all rows" if summary.is_exact else "a uniform sample of rows",
         "scores": {n: _spread(c) for n, c in summary.columns.items()},
         "directions": {n: _direction(spec) for n, spec in table.scorers.items()},
+        "aggregates": [
+            {"score": alias, **line}
+            for alias, lines in table.notes.get("aggregates", {}).items()
+            for line in lines
+        ],
+        "warnings": [
+            f"{alias} {sentence}"
+            for alias, sentences in table.notes.get("warnings", {}).items()
+            for sentence in sentences
+        ],
     }
 
 
@@ -225,5 +235,6 @@ def _spread(column: ColumnSummary) -> dict[str, Any]:
 
 
 def _direction(spec: dict[str, Any]) -> dict[str, Any]:
-    direction = scorer_from_spec(spec).direction
-    return {"scorer": spec["name"], **spec["params"], **vars(direction)}
+    direction = vars(scorer_from_spec(spec).direction)
+    said = {name: direction[name] for name in ("high_means", "keep", "source", "valid")}
+    return {"scorer": spec["name"], **spec["params"], **said}

@@ -29,7 +29,8 @@ def distributions(scores: ScoreTable, summary: Summary) -> str:
     some = "all rows" if summary.is_exact else "a uniform sample of rows; means are exact"
     caption = f"Medians are marked; the outermost 0.1 % on either side is cut off. From {some}."
     drawing = plots.histograms(list(summary.columns.values()))
-    return section("Scores", figure(drawing, caption), table(columns.split("|"), rows))
+    noted = [*_aggregates(scores), *_warnings(scores)]
+    return section("Scores", figure(drawing, caption), table(columns.split("|"), rows), *noted)
 
 
 def correlations(summary: Summary) -> str:
@@ -81,6 +82,25 @@ def errors(scores: ScoreTable) -> str:
         units = [[unit["name"], unit["reason"]] for unit in quarantined]
         blocks += [paragraph(said), table(["unit", "why"], units)]
     return section("Errors", *blocks)
+
+
+def _aggregates(scores: ScoreTable) -> list[str]:
+    """Return the table of one number per column and checkpoint, where a scorer has one."""
+    names = ("checkpoint", "rows", "mean", "kurtosis", "gwa")
+    lines = [
+        [alias, *(line[name] for name in names)]
+        for alias, found in scores.notes.get("aggregates", {}).items()
+        for line in found
+    ]
+    if not lines:
+        return []
+    said = "Over all rows, at each checkpoint: GWA = mean / (excess kurtosis + 1.2)."
+    return [paragraph(said), table(["score", *names], lines)]
+
+
+def _warnings(scores: ScoreTable) -> list[str]:
+    found = scores.notes.get("warnings", {})
+    return [paragraph(f"{alias} {s}.") for alias, sentences in found.items() for s in sentences]
 
 
 def _gallery(extremes: Sequence[Extreme], pictures: dict[tuple[int, int], Picture]) -> str:

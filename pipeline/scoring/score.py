@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 from curate.pipeline.reading.corpus import Corpus, open_corpus
+from curate.pipeline.scoring.aggregate import aggregates
 from curate.pipeline.scoring.attempts import forget_attempts
 from curate.pipeline.scoring.score_folder import clear, finish, refuse_foreign, refuse_other_run
 from curate.pipeline.scoring.score_progress import duration
@@ -21,6 +22,7 @@ from curate.pipeline.scoring.standardise import forget_raw, standardise
 from curate.pipeline.scoring.step_zero import input_norm_correlations, warn_of_step_zero
 from curate.pipeline.scoring.target_gradients import sketch_errors
 from curate.pipeline.scoring.units import Unit, plan_units, read_units, rows_per_unit, write_units
+from curate.pipeline.scoring.validity import warn_of_settings
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.lock import RunLock
 from curate.pipeline.storing.storage import Folder, canonical_json
@@ -258,6 +260,7 @@ def _run(
     work = setup.work
     folder.create(META, canonical_json(setup.meta))
     is_step_zero = warn_of_step_zero(work)
+    outside = warn_of_settings(work)
     sizing, worker = Sizing(0.0, 0.0), None
     if not folder.exists(UNITS) or not _is_done(work, folder):
         sizing, worker = _check_model(work, lock, engine)
@@ -282,6 +285,10 @@ def _run(
     lock.check()
     if work.standardised:
         notes["standardised"] = standardise(work, units)
+    if found := aggregates(work, units):
+        notes["aggregates"] = found
+    if outside:
+        notes["warnings"] = outside
     if errors := sketch_errors(folder):
         notes["sketch_error"] = errors
     lock.check()

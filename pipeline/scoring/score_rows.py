@@ -4,6 +4,7 @@ Shapes: K checkpoints, S seeds, B rows of a batch.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from curate.pipeline.scoring.aggregate import KEY, aggregate_of, part_moments
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.work import (
     Work,
@@ -92,7 +94,8 @@ class ScoreRows:
             self.columns[alias] = np.full(n, np.nan, np.float32)
             if many:
                 self.columns[f"{alias}_std"] = np.full(n, np.nan, np.float32)
-            if work.keep_checkpoints and has_checkpoints(scorer):
+            by_checkpoint = work.keep_checkpoints or aggregate_of(scorer) is not None
+            if by_checkpoint and has_checkpoints(scorer):
                 shape = (n, len(work.checkpoints))
                 self.columns[f"{alias}_by_checkpoint"] = np.full(shape, np.nan, np.float32)
         if work.with_tokens:
@@ -140,6 +143,17 @@ class ScoreRows:
         """Give a row its error."""
         self.errors[int(row)] = reason
 
+    def moments(self) -> dict[str, Any]:
+        """Return what the receipt holds of the scores that are aggregated at each checkpoint."""
+        whole = np.ones(self.unit.rows, dtype=bool)
+        whole[list(self.errors)] = False
+        found = {
+            alias: self.columns[f"{alias}_by_checkpoint"][whole]
+            for alias, scorer in self.reduction.scorers.items()
+            if aggregate_of(scorer) is not None
+        }
+        return {KEY: part_moments(found)} if found else {}
+
     def table(self, kept: pa.Table | None) -> pa.Table:
         """Return the part: identity, kept columns, scores (null on error), errors."""
         schema = self.work.schema
@@ -152,6 +166,8 @@ class ScoreRows:
         failed = np.zeros(self.unit.rows, dtype=bool)
         failed[list(self.errors)] = True
         for name, values in self.columns.items():
+            if name not in schema.names:
+                continue  # only for an aggregate
             if values.ndim == 2:
                 columns[name] = _lists(values, failed)
             else:

@@ -27,7 +27,7 @@ from curate.pipeline.tasks.registry import make_task, task_from_description
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.training.records import read_records
 from curate.pipeline.user_code import file_digest, is_user_code
-from curate.scorers.protocol import SPREAD_KINDS, Scorer
+from curate.scorers.protocol import Scorer
 from curate.scorers.registry import make_scorers, scorer_spec
 
 log = logging.getLogger("curate.score")
@@ -104,7 +104,6 @@ def set_up(request: Request) -> Setup:
     assert work.schema is not None  # refuses names that collide
     _check_standardised(work)
     _say_weights(work)
-    _say_spread(work)
     return Setup(work, _meta(work, config))
 
 
@@ -301,19 +300,6 @@ def _say_weights(work: Work) -> None:
                 seed,
                 len(rates),
             )
-
-
-def _say_spread(work: Work) -> None:
-    """Tell when there is nothing that a spread over checkpoints could be taken of."""
-    aliases = [a for a, s in work.made.items() if any(n.kind in SPREAD_KINDS for n in s.needs)]
-    alone = [seed for seed, indices in work.runs.items() if len(indices) == 1]
-    if aliases and alone:
-        log.warning(
-            "%s of one checkpoint is 0 for every row: give two or more checkpoints of a run "
-            "(seed %s has one)",
-            ", ".join(aliases),
-            ", ".join(map(str, alone)),
-        )
 
 
 def threads_for(parameters: int) -> int:

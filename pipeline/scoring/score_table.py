@@ -170,6 +170,11 @@ class ScoreTable:
         return cls(folder, meta, folder.read_json(SUCCESS))
 
     @property
+    def notes(self) -> dict[str, Any]:
+        """What the run found out beside the scores; {} where it noted nothing."""
+        return dict(self.success.get("notes") or {})
+
+    @property
     def parts(self) -> list[str]:
         """Names of the parts in corpus order."""
         return [part_name(unit) for unit in range(self.success["units"])]

@@ -81,7 +81,7 @@ def score_unit(
         if progress is not None:
             progress(window.raw.num_rows)
     table = scores.table(pa.concat_tables(kept) if kept else None)
-    return table, receipt(work, unit, len(scores.errors), scoring.splits)
+    return table, receipt(work, unit, len(scores.errors), scoring.splits) | scores.moments()
 
 
 def try_rows(work: Work, unit: Unit, signals: SignalPass, rows: list[int], way: Way) -> None:
