@@ -119,13 +119,13 @@ class GradSimilarity:
     ) -> Float[Tensor, " b"]:
         if self.mode == "less":
             square, value = (signals[s] for s in self._of_adam())
-            value = _cosine(value, square[:, :, None], torch.ones_like(value))
+            value = cosine(value, square[:, :, None], torch.ones_like(value))
         elif self.similarity == "dot":
             value = signals[Signal("target_dot", self.params)]
         else:
             value = signals[Signal("target_dot", self.params)]
             square = signals[Signal("grad_sq_norm", self.params)][:, :, None]
-            value = _cosine(value, square, signals[Signal("target_norm", self.params)])
+            value = cosine(value, square, signals[Signal("target_norm", self.params)])
         if self.mode == "dvgs":
             weights = torch.full_like(weights, 1 / len(weights))
         of_group = torch.einsum("k,kbm->bm", weights, value)
@@ -137,11 +137,15 @@ class GradSimilarity:
         return Signal("adam_sq_norm", **of), Signal("adam_target_dot", **of)  # type: ignore[arg-type]
 
 
-def _cosine(
+def cosine(
     dot: Float[Tensor, "k b m"], square: Float[Tensor, "k b 1"], norm: Float[Tensor, "k b m"]
 ) -> Float[Tensor, "k b m"]:
+    """Return the cosine in [-1, 1] from an inner product, a squared norm and a norm.
+
+    0 where one of the two vectors vanishes, NaN where their lengths are beyond float32.
+    """
     # Squares come in float32: below its normal range they have no digits left, and count as none.
     is_none = (square < torch.finfo(torch.float32).tiny) | (norm == 0)
     length = (square.sqrt() * norm).masked_fill(is_none, 1)
-    cosine = (dot / length).clamp(-1, 1).masked_fill(is_none, 0)
-    return cosine.masked_fill(length.isinf(), torch.nan)  # beyond float32: no 0, but unknown
+    value = (dot / length).clamp(-1, 1).masked_fill(is_none, 0)
+    return value.masked_fill(length.isinf(), torch.nan)  # beyond float32: no 0, but unknown
