@@ -46,6 +46,20 @@ def replace(root: Path, name: str, data: bytes) -> None:
         _commit(root, name, data, _rename)
 
 
+def adopt(root: Path, name: str, made: Path) -> bool:
+    """Give a durable file below `root/.tmp` its name; False where that is taken. As `create`."""
+    with explained(root / name):
+        make_folders((root / name).parent)
+        return False if (root / name).exists() else _link(made, root / name)
+
+
+def scratch(root: Path, name: str) -> Path:
+    """Return where a file may be written piece by piece before `adopt`; its folder is there."""
+    with explained(root / name):
+        make_folders(root / TMP)
+    return root / TMP / tmp_name(name)
+
+
 def clean(root: Path, older_than_s: float) -> int:
     """Remove temporary files of dead writers, and any older than that; return how many."""
     removed = 0
