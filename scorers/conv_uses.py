@@ -85,8 +85,9 @@ def _patchwise(left: Tensor, x: Tensor, geometry: Geometry, layout: Layout) -> P
     if layout.kind == "dense":
         return Convolved(left, x, geometry)
     # Several images a row: their positions count as one row's.
-    factors = (layout.rows_first(y) for y in (split(left, geometry), unfold(x, geometry)))
-    return Pair(*(y.transpose(1, 2).flatten(2, 3) for y in factors))
+    factors = [layout.rows_first(y) for y in (split(left, geometry), unfold(x, geometry))]
+    one, other = (y.transpose(1, 2).flatten(2, 3) for y in factors)
+    return Pair(one, other)
 
 
 def _padding(

@@ -15,12 +15,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curate.scorers.adam_readout import AdamComparison
+from curate.scorers.curvature_signals import CurvedSignals
+from curate.scorers.expert_signals import ExpertSignals
 from curate.scorers.fallback import summed_gradient
 from curate.scorers.head import STATISTICS
 from curate.scorers.needs import Harvest, Needs
+from curate.scorers.plan import Plan
 from curate.scorers.prepared import named_parameters, prepared
 from curate.scorers.probe import EngineError
-from curate.scorers.protocol import ADAM_KINDS, RECORD_KINDS, SPREAD_KINDS, TARGET_KINDS, Signal
+from curate.scorers.protocol import (
+    ADAM_KINDS,
+    EXPERT_KINDS,
+    RECORD_KINDS,
+    SPREAD_KINDS,
+    TARGET_KINDS,
+    Outputs,
+    Signal,
+)
 from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
 from curate.scorers.row_vectors import Sketch, embedding, sketches
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
@@ -64,8 +75,12 @@ class Engine:
                 "see LogitSpread"
             )
         self._core = WatchedModel(model, outputs, probe)
-        self._sets = [s.params for s in self.wanted if s.kind == "grad_sq_norm"]
-        self._target_sets = [s.params for s in self.wanted if s.kind in TARGET_KINDS]
+        self.curved = CurvedSignals(self.wanted)
+        self.expert = ExpertSignals(self.wanted, self._core)
+        plain = [s for s in self.wanted if not s.curvature]
+        self._sets = [s.params for s in plain if s.kind == "grad_sq_norm"]
+        self._target_sets = [s.params for s in plain if s.kind in TARGET_KINDS]
+        self._compared = [s.params for s in self.wanted if s.kind in TARGET_KINDS]
         self._directions: Mapping[str, Tensor] = {}
         self.sketch: TwoSidedSketch | None = None
         """Where set, `directions` are sketches of this kind, and products those of sketches."""
@@ -77,7 +92,7 @@ class Engine:
         """By each wanted `adam_target_dot`, for the weights that are loaded."""
         self._adam = sorted({_comparison(s) for s in self.wanted if s.kind in ADAM_KINDS})
         gradients = [*self._sets, *self._target_sets, *self._sketched]
-        gradients += [s.params for s in self._adam]
+        gradients += [*(s.params for s in self._adam), *self.curved.params, *self.expert.params]
         for params in gradients:
             self._core.check(params)
         self._core.want(
@@ -87,6 +102,11 @@ class Engine:
         )
         self._kinds = kinds
         self.recompute = recompute
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, without wrappers."""
+        return self._core.passes.model
 
     @property
     def recompute(self) -> bool:
@@ -102,7 +122,7 @@ class Engine:
         """Whether there is a backward pass."""
         kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot", "logit_grad"}
         kinds |= {"sketch"}
-        return bool(self._kinds & (kinds | ADAM_KINDS))
+        return bool(self._kinds & (kinds | ADAM_KINDS | EXPERT_KINDS))
 
     @property
     def paths(self) -> dict[str, str]:
@@ -120,11 +140,12 @@ class Engine:
     @directions.setter
     def directions(self, given: Mapping[str, Float[Tensor, "m ..."]]) -> None:
         self._directions, self._target_norms = given, {}
+        self.curved.forget_directions()
 
     def target_params(self, batch: Any, params: str | None = None) -> dict[str, Tensor]:
         """Return the parameters that are compared with a target, or those that `params` names."""
         self._core.ready(batch)
-        sets = self._target_sets if params is None else [params]
+        sets = self._compared if params is None else [params]
         names = self._union(sets)
         own = named_parameters(self._core.passes.model)
         return {name: own[name].detach() for name in self._core.all if name in names}
@@ -161,12 +182,15 @@ class Engine:
         harvest = self._core.passes.run(batch, needs)
         return harvest.loss, harvest.readouts
 
-    def target_sketches(self, batch: Any) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
-        """Return the rows' losses and the sketches of their gradients, [B, kk] by parameter."""
-        assert self.sketch is not None, "the kind of sketch is set"
-        names = frozenset(self.target_params(batch))
-        harvest = self._core.passes.run(batch, Needs({"target": (names, self.sketch)}))
-        return harvest.loss, harvest.readouts["target"]
+    def evaluate(self, batch: Any) -> Outputs:
+        """Return what the task makes of a forward pass, nothing differentiated."""
+        with prepared(self.model), torch.no_grad():
+            return self._core.passes.evaluate(batch)
+
+    @property
+    def plan(self) -> Plan:
+        """How each parameter's gradient is taken, and its uses; known after the first batch."""
+        return self._core.passes.plan
 
     def verify(self, batch: Any) -> None:
         """Find the parameters' paths on this batch and check them against autograd row by row.
@@ -213,7 +237,7 @@ class Engine:
         for signal in self._adam:
             assert signal in self.comparisons, "set before the first batch"
             readouts[str(signal)] = self._core.names(signal.params), self.comparisons[signal]
-        return readouts
+        return readouts | self.curved.readouts(self._directions) | self.expert.readouts()
 
     def sketched(self, params: str) -> list[str]:
         """Return the parameters that a sketch is of, in the order of its parts."""
@@ -227,6 +251,10 @@ class Engine:
         core = self._core
         if signal.kind == "loss":
             return harvest.loss
+        if signal.curvature:
+            return self.curved.value(signal, harvest)
+        if signal.kind in EXPERT_KINDS:
+            return self.expert.value(signal, harvest)
         if signal.kind == "grad_sq_norm":
             return total(harvest, "sq_norm", core.names(signal.params))
         if signal.kind == "target_dot":

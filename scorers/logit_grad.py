@@ -100,7 +100,7 @@ def _by_row(
     elif g.dim() == 4:
         g = accumulable(g).mean(1)
     own = g.new_ones(g.shape[:2], dtype=torch.bool)
-    if g.dim() == 3 and (found := _own_tokens(outputs, batch)) is not None:
+    if g.dim() == 3 and (found := own_tokens(batch, outputs.targets)) is not None:
         if layout is not None and found.shape[1] < g.shape[1]:
             raise ValueError(
                 f"the model looks up {g.shape[1]} tokens of a row at once, but the batch tells of "
@@ -114,14 +114,13 @@ def _by_row(
     return LogitGradient(row_map.end_to_end(g.flatten(1), 1), row_map.add(counts))
 
 
-def _own_tokens(outputs: Outputs, batch: Any) -> Bool[Tensor, "s t"] | None:
+def own_tokens(batch: Any, targets: Tensor | None) -> Bool[Tensor, "s t"] | None:
     """Return which tokens are no padding: what the attention mask says, or all up to the last
     target. None where neither tells."""
     inputs = batch.inputs if isinstance(batch, Batch) else batch
     mask = inputs.get("attention_mask") if hasattr(inputs, "get") else None
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask != 0
-    targets = outputs.targets
     if targets is None or targets.dim() != 2:
         return None
     return (targets != IGNORE).flip(1).cummax(1).values.flip(1)

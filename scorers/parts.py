@@ -69,6 +69,9 @@ class Pair:
 
     left: Float[Tensor, "s g t o"]
     right: Float[Tensor, "s g t i"]
+    swapped: bool | None = False
+    """Whether the layer's inputs are on the left, its parameter stored as [inputs, outputs]. None:
+    in some of its uses."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,9 @@ def join(name: str, shape: torch.Size, parts: Sequence[Part], row_map: RowMap) -
             for p in pairs
         ]
         left, right = (_concat([side[i] for side in sides], 2) for i in (0, 1))
-        gradient = replace(gradient, pair=Pair(left, right))
+        swapped = {p.swapped if isinstance(p, Pair) else False for p in pairs}
+        way = swapped.pop() if len(swapped) == 1 else None
+        gradient = replace(gradient, pair=Pair(left, right, way))
     if indexed:
         index = row_map.end_to_end(_concat([p.index for p in indexed], 1), 1)
         right = row_map.end_to_end(_concat([p.right for p in indexed], 1), 1)

@@ -69,7 +69,7 @@ def _matrix_product(
             out["weight"] = Sketched(value)
         elif "weight" in roles and w is not None:
             left, right = g[:, None], inputs(layout)[:, None]
-            out["weight"] = Pair(right, left) if swap else Pair(left, right)
+            out["weight"] = Pair(right, left, swapped=True) if swap else Pair(left, right)
         if "bias" in roles and b is not None:
             out["bias"] = Full(accumulable(g).sum(1))
         return out

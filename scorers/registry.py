@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from curate.scorers.protocol import Scorer
 
 SCORERS = {
+    "angle_concentration": "curate.scorers.angle_concentration:AngleConcentration",
     "aum": "curate.scorers.aum:AUM",
     "el2n": "curate.scorers.el2n:EL2N",
     "el2n_seq": "curate.scorers.el2n_seq:EL2NSeq",
@@ -22,9 +23,15 @@ SCORERS = {
     "forgetting": "curate.scorers.forgetting:Forgetting",
     "grad_similarity": "curate.scorers.grad_similarity:GradSimilarity",
     "grand": "curate.scorers.grand:GraNd",
+    "gsnr": "curate.scorers.gsnr:GSNR",
     "gwa": "curate.scorers.gwa:GWA",
+    "influence": "curate.scorers.influence:Influence",
     "loss": "curate.scorers.loss:Loss",
+    "loss_change": "curate.scorers.loss_change:LossChange",
     "margin": "curate.scorers.margin:Margin",
+    "pvi": "curate.scorers.pvi:PVI",
+    "rho": "curate.scorers.rho:RHO",
+    "select_weights": "curate.scorers.select_weights:SelectWeights",
     "self_influence": "curate.scorers.self_influence:SelfInfluence",
     "vog": "curate.scorers.vog:VoG",
 }
@@ -117,14 +124,31 @@ def _make(request: str) -> "tuple[str, Scorer]":
         raise ValueError(
             f"cannot read scorer {request!r}; write NAME, NAME(field=value) or ALIAS=..."
         )
-    params = {}
-    for item in _split(match["params"] or ""):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"cannot read {item!r} in scorer {request!r}; write field=value")
-        params[key.strip()] = _literal(value.strip())
+    params = _params(match["params"] or "", f"scorer {request!r}")
     scorer = scorer_from_spec({"name": match["name"], "params": params})
     return match["alias"] or match["name"], scorer
+
+
+def parse_request(text: str, what: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the fields of `name(field=value, ...)`; `what` it is, for the error.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    match = _REQUEST.fullmatch(text.strip())
+    if match is None or match["alias"]:
+        raise ValueError(f"cannot read {what} {text!r}; write NAME or NAME(field=value)")
+    return match["name"], _params(match["params"] or "", f"{what} {text!r}")
+
+
+def _params(inside: str, where: str) -> dict[str, Any]:
+    params = {}
+    for item in _split(inside):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read {item!r} in {where}; write field=value")
+        params[key.strip()] = _literal(value.strip())
+    return params
 
 
 def _literal(text: str) -> Any:
