@@ -18,6 +18,7 @@ from curate.scorers.adam_readout import AdamComparison
 from curate.scorers.curvature_signals import CurvedSignals
 from curate.scorers.expert_signals import ExpertSignals
 from curate.scorers.fallback import summed_gradient
+from curate.scorers.gradient_vectors import GradientVectors
 from curate.scorers.head import STATISTICS
 from curate.scorers.needs import Harvest, Needs
 from curate.scorers.plan import Plan
@@ -34,6 +35,7 @@ from curate.scorers.protocol import (
 )
 from curate.scorers.readouts import Dots, Readout, TwoSidedSketch, sq_norm
 from curate.scorers.row_vectors import Sketch, embedding, sketches
+from curate.scorers.token_angles import TokenAngles
 from curate.scorers.watched_model import LossFn, WatchedModel, alignment, total
 
 __all__ = ["Engine", "EngineError"]
@@ -71,8 +73,7 @@ class Engine:
         kinds = {s.kind for s in self.wanted}
         if spreads := sorted(kinds & SPREAD_KINDS):
             raise ValueError(
-                f"{', '.join(spreads)} is made of the logit_grad of several checkpoints: "
-                "see LogitSpread"
+                f"{', '.join(spreads)} is made of several checkpoints: see RunState"
             )
         self._core = WatchedModel(model, outputs, probe)
         self.curved = CurvedSignals(self.wanted)
@@ -93,6 +94,9 @@ class Engine:
         self._adam = sorted({_comparison(s) for s in self.wanted if s.kind in ADAM_KINDS})
         gradients = [*self._sets, *self._target_sets, *self._sketched]
         gradients += [*(s.params for s in self._adam), *self.curved.params, *self.expert.params]
+        self._vectors = GradientVectors(self._core, self.wanted)
+        self._angles = TokenAngles(self._core.passes.model, self.wanted)
+        gradients += self._vectors.params
         for params in gradients:
             self._core.check(params)
         self._core.want(
@@ -121,7 +125,7 @@ class Engine:
     def differentiates(self) -> bool:
         """Whether there is a backward pass."""
         kinds = {"grad_sq_norm", "el2n_seq", "weight_alignment", "target_dot", "logit_grad"}
-        kinds |= {"sketch"}
+        kinds |= {"sketch", "grad_vector"}
         return bool(self._kinds & (kinds | ADAM_KINDS | EXPERT_KINDS))
 
     @property
@@ -219,8 +223,10 @@ class Engine:
             hidden="embedding" in self._kinds,
             probs="probs" in self._kinds,
         )
-        harvest = core.passes.run(batch, needs)
-        return {s: self._signal(s, harvest) for s in self.wanted}
+        with self._angles.watching():
+            harvest = core.passes.run(batch, needs)
+        angles = self._angles.values(harvest, batch)
+        return {s: angles[s] if s in angles else self._signal(s, harvest) for s in self.wanted}
 
     def _readouts(self) -> dict[str, tuple[frozenset[str], Readout]]:
         """Several sets of parameters share one squared norm, and one dot, per parameter."""
@@ -237,7 +243,7 @@ class Engine:
         for signal in self._adam:
             assert signal in self.comparisons, "set before the first batch"
             readouts[str(signal)] = self._core.names(signal.params), self.comparisons[signal]
-        return readouts | self.curved.readouts(self._directions) | self.expert.readouts()
+        return readouts | self.curved.readouts(self._directions) | self.expert.readouts() | self._vectors.readouts()
 
     def sketched(self, params: str) -> list[str]:
         """Return the parameters that a sketch is of, in the order of its parts."""
@@ -255,6 +261,8 @@ class Engine:
             return self.curved.value(signal, harvest)
         if signal.kind in EXPERT_KINDS:
             return self.expert.value(signal, harvest)
+        if signal.kind == "grad_vector":
+            return self._vectors.value(signal, harvest)
         if signal.kind == "grad_sq_norm":
             return total(harvest, "sq_norm", core.names(signal.params))
         if signal.kind == "target_dot":

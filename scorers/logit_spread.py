@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curate.kernels.moments import Spread, finish_moments, update_moments
 from curate.kernels.summation import accumulator
-from curate.scorers.protocol import SPREAD_KINDS, Signal
+from curate.scorers.protocol import LOGIT_SPREAD_KINDS, Signal
 
 GRADIENT, COORDINATES = Signal("logit_grad"), Signal("coordinates")
 
@@ -19,7 +19,7 @@ GRADIENT, COORDINATES = Signal("logit_grad"), Signal("coordinates")
 def of_one_checkpoint(wanted: Iterable[Signal]) -> frozenset[Signal]:
     """Return what each checkpoint must give, so that these signals can be made of all of them."""
     wanted = frozenset(wanted)
-    spreads = {s for s in wanted if s.kind in SPREAD_KINDS}
+    spreads = {s for s in wanted if s.kind in LOGIT_SPREAD_KINDS}
     return wanted - spreads | {GRADIENT, COORDINATES} if spreads else wanted
 
 

@@ -21,7 +21,8 @@ class Batch:
     """Model inputs and targets for B rows.
 
     `inputs` are the model's keyword arguments, each with the sequence axis S first. `row_ids[s]`
-    is the row that sequence s belongs to; None means one sequence per row, in order.
+    is the row that sequence s belongs to; None means one sequence per row, in order. `prompt[s]`
+    of the tokens that sequence s begins with are given with the row, none of its own.
     """
 
     inputs: Mapping[str, Tensor]
@@ -29,6 +30,7 @@ class Batch:
     rows: int
     row_ids: Int[Tensor, " s"] | None = None
     weights: Float[Tensor, " b"] | None = None
+    prompt: Int[Tensor, " s"] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with every tensor on `device`."""
@@ -38,6 +40,7 @@ class Batch:
             self.rows,
             None if self.row_ids is None else self.row_ids.to(device),
             None if self.weights is None else self.weights.to(device),
+            None if self.prompt is None else self.prompt.to(device),
         )
 
     def select_rows(self, rows: Sequence[int]) -> "Batch":
@@ -51,7 +54,8 @@ class Batch:
             sequences = torch.cat(picks)
             row_ids = torch.cat([torch.full_like(p, i) for i, p in enumerate(picks)])
         inputs = {name: value[sequences] for name, value in self.inputs.items()}
-        return Batch(inputs, self.targets[sequences], len(rows), row_ids, weights)
+        prompt = None if self.prompt is None else self.prompt[sequences]
+        return Batch(inputs, self.targets[sequences], len(rows), row_ids, weights, prompt)
 
 
 @dataclass(frozen=True)

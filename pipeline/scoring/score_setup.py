@@ -14,13 +14,17 @@ import pyarrow as pa
 import torch
 
 import curate
+from curate.pipeline.models.adapters import base_digest, base_folder, is_adapter
 from curate.pipeline.models.checkpoint import Checkpoint, find_checkpoints, records_path
 from curate.pipeline.models.models import absolute_model, model_args
+from curate.pipeline.models.moments import moments_digest
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan, window_rows
 from curate.pipeline.scoring.score_table import FORMAT, VERSION
+from curate.pipeline.scoring.store_plan import described, plan_stores, window_limit
 from curate.pipeline.scoring.target import Given, find_target
-from curate.pipeline.scoring.work import Work, model_signals, record_signals
+from curate.pipeline.scoring.validity import refuse_settings
+from curate.pipeline.scoring.work import Work, model_signals, needs_moments, record_signals
 from curate.pipeline.storing.storage import Folder, canonical_json
 from curate.pipeline.tasks.guess import guess_aloud
 from curate.pipeline.tasks.registry import make_task, task_from_description
@@ -47,6 +51,10 @@ class Request:
     target: Given | None = None
     target_group: str | None = None
     keep: Sequence[str] | None = None
+    store: str | Sequence[str] | None = None
+    sketch: str | None = None
+    top_rows: int | None = None
+    similarity: str = "cosine"
     model: str | None = None
     task: str | None = None
     task_options: Mapping[str, Any] | None = None
@@ -73,14 +81,24 @@ def set_up(request: Request) -> Setup:
         ValueError: something is missing or does not fit; one sentence says what.
     """
     corpus = request.corpus
-    scorers = make_scorers(request.scorers)
+    has_stores = bool(request.store or request.sketch or request.top_rows is not None)
+    scorers = make_scorers(request.scorers) if request.scorers or not has_stores else {}
     found = find_checkpoints(request.checkpoints)
+    request = replace(request, model=_model(request, found))
     task = _task(request, found)
     columns = task.columns(corpus.schema)
     keep = _keep(request.keep, columns.label, corpus.schema)
     description: dict[str, Any] = json.loads(json.dumps(task.describe()))
     if request.unit_rows is not None and request.unit_rows < 1:
         raise ValueError(f"unit_rows must be at least 1, got {request.unit_rows}")
+    stores = plan_stores(
+        request.store,
+        request.sketch,
+        request.top_rows,
+        request.similarity,
+        task,
+        request.target is not None,
+    )
     work = Work(
         run="",
         out=Folder(request.out).uri,
@@ -91,20 +109,37 @@ def set_up(request: Request) -> Setup:
         scorers={alias: scorer_spec(scorer) for alias, scorer in scorers.items()},
         keep=keep,
         id_column=_id_column(columns.id, corpus.schema),
-        plan=_plan(request, task),
+        plan=_plan(request, task, window_limit(stores, found)),
         keep_checkpoints=request.keep_checkpoints,
-        with_tokens=description["kind"] in LANGUAGE and bool(model_signals(scorers)),
+        with_tokens=description["kind"] in LANGUAGE
+        and bool(stores is not None or model_signals(scorers)),
         max_bad_rows=_max_bad_rows(request),
         records=_records(request, found, scorers),
-        target=find_target(request.target, request.target_group, task, scorers),
+        target=find_target(
+            request.target, request.target_group, task, scorers, stores is not None
+        ),
+        stores=stores,
     )
     config = _config(work, request.unit_rows)
     run = hashlib.sha256(canonical_json(config)).hexdigest()
     work = replace(work, run=run)
     assert work.schema is not None  # refuses names that collide
     _check_standardised(work)
+    refuse_settings(work)
     _say_weights(work)
     return Setup(work, _meta(work, config))
+
+
+def _model(request: Request, found: Sequence[Checkpoint]) -> str | None:
+    """Return the model asked for; of adapters, the base model that they are put on."""
+    adapters = [(c.path, c.model) for c in found if is_adapter(c.path)]
+    if not adapters:
+        return request.model
+    if whole := [c.path for c in found if not is_adapter(c.path)]:
+        raise ValueError(
+            f"{adapters[0][0]} holds an adapter and {whole[0]} a whole model: score them apart"
+        )
+    return base_folder(adapters, request.model)
 
 
 def _task(request: Request, found: Sequence[Checkpoint]) -> Task:
@@ -161,10 +196,11 @@ def _id_column(of_task: str | None, schema: pa.Schema) -> str | None:
     return of_task or ("id" if "id" in schema.names else None)
 
 
-def _plan(request: Request, task: Task) -> BatchPlan:
+def _plan(request: Request, task: Task, most: int | None) -> BatchPlan:
     given = {"batch_rows": request.batch_rows, "batch_tokens": request.batch_tokens}
     asked = {name: value for name, value in given.items() if value is not None}
-    return BatchPlan(**asked, window_rows=window_rows(_row_bytes(request.corpus, task)))
+    rows = window_rows(_row_bytes(request.corpus, task))
+    return BatchPlan(**asked, window_rows=rows if most is None else min(rows, most))
 
 
 def _row_bytes(corpus: Corpus, task: Task) -> float:
@@ -224,7 +260,9 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
     model = work.model
     if model is not None and is_user_code(model):
         model = file_digest(model)
-    return {
+    if model is not None and is_adapter(work.checkpoints[0].path):
+        model = base_digest(model)
+    config = {
         "corpus": work.corpus.digest,
         "checkpoints": [[c.seed, c.step, c.epoch, c.lr, c.digest] for c in work.checkpoints],
         "records": None if work.records is None else _file_sha256(work.records),
@@ -238,6 +276,11 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
         "batches": vars(work.plan),
         "unit_rows": unit_rows,
     }
+    if work.stores is not None:
+        config["stores"] = work.stores.config()
+    if needs_moments(work.made):
+        config["moments"] = [moments_digest(c.path) for c in work.checkpoints]
+    return config
 
 
 def _meta(work: Work, config: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +306,8 @@ def _meta(work: Work, config: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "curate": curate.__version__,
     }
+    if work.stores is not None:
+        meta["stores"] = described(work.stores)
     plain: dict[str, Any] = json.loads(json.dumps(meta))
     return plain
 

@@ -10,20 +10,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curate.pipeline.models.checkpoint import load_model, load_weights
+from curate.pipeline.scoring.adam_targets import AdamTargets
 from curate.pipeline.scoring.target_gradients import TargetGradients
+from curate.pipeline.scoring.store_pass import Held, Stored, StorePass
 from curate.pipeline.scoring.windows import said
-from curate.pipeline.scoring.work import Work, model_signals
+from curate.pipeline.scoring.work import Work
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.engine import Engine, EngineError
-from curate.scorers.logit_spread import LogitSpread, of_one_checkpoint
 from curate.scorers.memory import is_out_of_memory
-from curate.scorers.protocol import SPREAD_KINDS, Batch, Signal
+from curate.scorers.protocol import (
+    ADAM_KINDS,
+    SPREAD_KINDS,
+    TARGET_KINDS,
+    VECTOR_KINDS,
+    Batch,
+    Signal,
+)
+from curate.scorers.run_state import RunState, of_one_checkpoint
 
 T = TypeVar("T")
 log = logging.getLogger("curate.score")
@@ -32,8 +42,14 @@ RESIDENT_BYTES = 1 << 30
 """All checkpoints stay loaded as models below this; as plain weights below CACHED_BYTES."""
 CACHED_BYTES = 8 << 30
 
-Reading = dict[Signal, Tensor]
-"""Signal -> float64 [K, B] on the CPU; of a whole run, at the run's last checkpoint."""
+
+class Reading(dict[Signal, Tensor]):
+    """Signal -> float64 [K, B] on the CPU; of a whole run, at the run's last checkpoint.
+
+    `vectors` are what goes into stores, by their names.
+    """
+
+    vectors: Mapping[str, Stored] = MappingProxyType({})
 
 
 class OutOfMemory(MemoryError):
@@ -55,7 +71,7 @@ class SignalPass:
         self.work = work
         self.device = torch.device(work.device)
         self.task = task_from_description(dict(work.task), work.corpus)
-        self.wanted = model_signals(work.made)
+        self.wanted = work.signals
         if work.with_tokens and self.wanted:
             self.wanted |= {Signal("tokens")}
         self.engines: list[Engine] = []
@@ -63,13 +79,18 @@ class SignalPass:
         self._probed: Batch | None = None
         self._may_recompute: bool | None = None
         self._spreads = sorted(s for s in self.wanted if s.kind in SPREAD_KINDS)
+        self.stores = StorePass(work) if work.stores is not None else None
         self._last = {indices[-1] for indices in work.runs.values()}
         self._kept_per_entry = math.inf if self._spreads else 0.0
         if self.wanted:
             self._load()
         self._target: TargetGradients | None = None
-        if work.target is not None:
+        self._adam: AdamTargets | None = None
+        kinds = {s.kind for s in self.wanted}
+        if work.target is not None and kinds & TARGET_KINDS:
             self._target = TargetGradients(work, self.device, keeps)
+        if work.target is not None and kinds & ADAM_KINDS:
+            self._adam = AdamTargets(work, self.device, keeps)
 
     @property
     def is_resident(self) -> bool:
@@ -86,12 +107,15 @@ class SignalPass:
         self._probed, moved = batch, self._moved(batch)
         for engine in self.engines:
             engine.verify(moved)
-        if self._target is not None:  # all now, so that a target at fault stops no unit
+        if self.work.target is not None:  # all now, so that a target at fault stops no unit
             for k in reversed(range(len(self.work.checkpoints))):
                 self._ready(k)
         # What the outputs lack is said now, before rows are blamed for it; one row always fits.
         one = moved.select_rows([0])
-        self._learn_size(one, self.engines[0](one))
+        reading = self.engines[0](one)
+        self._learn_size(one, reading)
+        if self.stores is not None:
+            self.stores.learn(self.engines[0], reading)
 
     def __call__(
         self, batches: Sequence[Batch], begin: Callable[[int], None]
@@ -110,7 +134,8 @@ class SignalPass:
         found: list[list[dict[Signal, Tensor]] | Exception] = [
             b if isinstance(b, Exception) else [] for b in moved
         ]
-        spreads = [LogitSpread(self._spreads) for _ in batches]
+        spreads = [RunState(self._spreads) for _ in batches]
+        held = [Held() for _ in batches]
         for k in range(len(self.work.checkpoints)):
             engine = self._ready(k)
             for i, batch in enumerate(moved):
@@ -122,14 +147,20 @@ class SignalPass:
                 if not isinstance(reading, Exception):
                     self._learn_size(batch, reading)
                     reading = _guarded(partial(spreads[i].take, reading, k in self._last))
+                if self.stores is not None and not isinstance(reading, Exception):
+                    reading = _guarded(partial(self.stores.take, engine, k, reading, held[i]))
                 if isinstance(reading, Exception):
                     found[i] = reading
                     spreads[i].clear()
+                    held[i].clear()
                 else:
                     so_far.append(reading)
         collected = _guarded(partial(self._collect, found))
         if isinstance(collected, Exception):
             raise collected
+        for outcome, kept in zip(collected, held, strict=True):
+            if not isinstance(outcome, Exception):
+                outcome.vectors = kept.stored()
         return collected
 
     def loss(self, batch: Batch) -> Tensor:
@@ -160,11 +191,12 @@ class SignalPass:
 
         Known from the first batch that was run; infinite before.
         """
-        return self._kept_per_entry * _entries(batch)
+        vectors = 0 if self.stores is None else self.stores.row_bytes() * batch.rows
+        return self._kept_per_entry * _entries(batch) + vectors
 
     def _learn_size(self, batch: Batch, reading: Mapping[Signal, Tensor]) -> None:
         if self._spreads:
-            size = LogitSpread.size(reading) / max(1, _entries(batch))
+            size = RunState.size(reading) / max(1, _entries(batch))
             known = 0.0 if math.isinf(self._kept_per_entry) else self._kept_per_entry
             self._kept_per_entry = max(known, size)
 
@@ -209,6 +241,9 @@ class SignalPass:
             self._states = [self._weights(checkpoint) for checkpoint in self.work.checkpoints]
         wanted = of_one_checkpoint(self.wanted)
         self.engines = [Engine(m, self.task.outputs, wanted, probe=False) for m in models]
+        for engine in self.engines:
+            if self.stores is not None:
+                self.stores.ready(engine)
         self._loaded = 0
 
     def _model(self, checkpoint: object) -> nn.Module:
@@ -237,13 +272,11 @@ class SignalPass:
         """Return the engine with checkpoint k's weights and what it compares rows with there."""
         engine = self._at(k)
         if self._target is not None:
-            found = _guarded(partial(self._target.at, k, engine))
-            if isinstance(found, (ValueError, OSError)):
-                raise found
-            if isinstance(found, Exception):
-                raise ValueError(f"the target's gradients cannot be taken: {said(found)}")
+            found = _of_target(partial(self._target.at, k, engine))
             if engine.directions is not found:
                 engine.directions, engine.sketch = found, self._target.sketch
+        if self._adam is not None:
+            engine.comparisons = _of_target(partial(self._adam.at, k, engine))
         return engine
 
     def _collect(
@@ -253,7 +286,7 @@ class SignalPass:
         good = [f for f in found if not isinstance(f, Exception)]
         if not good:
             return [f for f in found if isinstance(f, Exception)]
-        wanted = sorted(self.wanted)
+        wanted = sorted(s for s in self.wanted if s.kind not in VECTOR_KINDS)
         columns = [
             torch.stack([torch.cat([_rows_last(at[signal]) for signal in wanted]) for at in batch])
             for batch in good
@@ -263,15 +296,25 @@ class SignalPass:
         sizes = [c.shape[2] for c in columns]
         together = torch.cat(columns, 2).cpu().double()
         readings = iter(
-            {
-                signal: values.mT if shape else values[:, 0]
+            Reading(
+                (signal, values.mT if shape else values[:, 0])
                 for signal, shape, values in zip(
                     wanted, shapes, torch.split(part, widths, dim=1), strict=True
                 )
-            }
+            )
             for part in torch.split(together, sizes, dim=2)
         )
         return [f if isinstance(f, Exception) else next(readings) for f in found]
+
+
+def _of_target(call: Callable[[], T]) -> T:
+    """Return what rows are compared with, or raise a ValueError that says why it cannot be had."""
+    found = _guarded(call)
+    if isinstance(found, (ValueError, OSError)):
+        raise found
+    if isinstance(found, Exception):
+        raise ValueError(f"the target's gradients cannot be taken: {said(found)}")
+    return found
 
 
 def _rows_last(value: Tensor) -> Tensor:

@@ -12,14 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from curate.pipeline.models.weights import weight_files
 from curate.pipeline.scoring.signal_pass import SignalPass
 from curate.pipeline.scoring.work import Work
-from curate.scorers.protocol import SPREAD_KINDS, Batch, SignalKind
+from curate.scorers.protocol import GRADIENT_SPREAD_KINDS, LOGIT_SPREAD_KINDS, Batch, SignalKind
 
 OPERATIONS_PER_S = {"cpu": 2e10, "cuda": 2e13}
 """What a CPU, or a GPU, does of a small to middling model in practice."""
 SECONDS_PER_ROW = 2e-5
 SECONDS_PER_ROW_AND_CHECKPOINT = 1e-5
 """Reading, encoding and Python, whatever the model."""
-GRADIENTS: frozenset[SignalKind] = frozenset({"grad_sq_norm", "target_dot", "sketch"})
+GRADIENTS: frozenset[SignalKind] = frozenset(
+    {"grad_sq_norm", "target_dot", "adam_target_dot", "sketch"} | GRADIENT_SPREAD_KINDS
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def size_up(work: Work, signals: SignalPass, batch: Batch | None, device: str) -
         signals.loss(batch)
     operations = counter.get_total_flops() / batch.rows
     passes = 3 if any(s.kind in GRADIENTS for s in signals.wanted) else 1
-    passes += any(s.kind in SPREAD_KINDS for s in signals.wanted)  # of activations alone
+    passes += any(s.kind in LOGIT_SPREAD_KINDS for s in signals.wanted)  # of activations alone
     rate = OPERATIONS_PER_S[device]
     return Sizing(operations, overhead + checkpoints * passes * operations / rate)
 

@@ -35,6 +35,15 @@ def warn_of_settings(work: Work) -> dict[str, list[str]]:
     return found
 
 
+def refuse_settings(work: Work) -> None:
+    """Raise ValueError where a scorer cannot be computed from this run."""
+    for alias, scorer in work.made.items():
+        for ask in scorer.direction.asks:
+            sentence = REFUSED[ask](work) if ask in REFUSED else None
+            if sentence is not None:
+                raise ValueError(f"{alias} {sentence}")
+
+
 def one_epoch(work: Work) -> str | None:
     """No checkpoint comes from before the end of the first epoch."""
     return _early(
@@ -131,6 +140,18 @@ def trained_on_target(work: Work) -> str | None:
     return None
 
 
+def reference_of_other_rows(work: Work) -> str | None:
+    """The references were not trained on the rows that are scored."""
+    for checkpoint in work.reference:
+        trained = (checkpoint.corpus or {}).get("digest")
+        if not checkpoint.null_input and trained == work.corpus.digest:
+            return (
+                f"takes the loss at the reference {_names([checkpoint])} for irreducible, but that "
+                f"was trained on the very rows that are scored: train it on others"
+            )
+    return None
+
+
 def right_labels(work: Work) -> str | None:
     """Rows' labels are right. No run can show that, so it is said in any case."""
     return (
@@ -139,6 +160,18 @@ def right_labels(work: Work) -> str | None:
     )
 
 
+def two_checkpoints(work: Work) -> str | None:
+    """Every run has two checkpoints or more: one has neither mean nor spread to speak of."""
+    if alone := _alone(work):
+        return (
+            f"compares the gradients of several checkpoints of a run, but seed {alone} has one: "
+            f"give two or more"
+        )
+    return None
+
+
+REFUSED: dict[str, Callable[[Work], str | None]] = {"two_checkpoints": two_checkpoints}
+"""Conditions without which there is no score at all."""
 CHECKS: dict[str, Callable[[Work], str | None]] = {
     "one_epoch": one_epoch,
     "trained_one_epoch": trained_one_epoch,
@@ -148,6 +181,7 @@ CHECKS: dict[str, Callable[[Work], str | None]] = {
     "several_epochs": several_epochs,
     "nonlinear": nonlinear,
     "trained_on_target": trained_on_target,
+    "reference_of_other_rows": reference_of_other_rows,
     "right_labels": right_labels,
 }
 """By the names that `Direction.asks` uses. A plug-in's own names are its own affair."""
