@@ -1,7 +1,8 @@
 """Checkpoints: self-describing folders of weights, ours or the Hugging Face Trainer's.
 
 `seed0-epoch005/` or `seed0-step000500/` holds `model.safetensors` and `curate.json`, and for a
-Hugging Face model its configuration and tokenizer. Folders are local.
+Hugging Face model its configuration and tokenizer. Folders are local. An adapter's folder holds the
+adapter alone; its base model is another folder.
 """
 
 import glob
@@ -20,6 +21,15 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from curate.pipeline.models.adapters import (
+    CONFIG,
+    WEIGHTS,
+    base_folder,
+    is_adapter,
+    load_adapted,
+    load_adapter_weights,
+    recorded_base,
+)
 from curate.pipeline.models.huggingface import (
     architecture,
     architecture_name,
@@ -142,6 +152,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(
             f"{path} is no checkpoint: it has neither {META} nor config.json + weights"
         )
+    if is_adapter(folder):
+        return _of_trainer(folder, _digest([folder / WEIGHTS, folder / CONFIG]))
     files = weight_files(folder)
     if not files:
         raise ValueError(f"checkpoint {path} has no weights")
@@ -198,6 +210,9 @@ def load_model(checkpoint: Checkpoint, model: str | None = None) -> nn.Module:
     Raises:
         ValueError: the model cannot be made, or the weights do not fit it.
     """
+    if is_adapter(checkpoint.path):
+        base = base_folder([(checkpoint.path, checkpoint.model)], model)
+        return load_adapted(checkpoint.path, base).eval()
     if model is None and (Path(checkpoint.path) / "config.json").is_file():
         made = architecture(checkpoint.path)
     else:
@@ -212,6 +227,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: they do not fit; the first names that do not are in the message.
     """
+    if is_adapter(checkpoint.path):
+        load_adapter_weights(model, checkpoint.path)
+        return
     try:
         load_weights_file(model, checkpoint.path)
     except ValueError:
@@ -234,7 +252,7 @@ def records_path(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    if (folder / META).is_file():
+    if (folder / META).is_file() or is_adapter(folder):
         return True
     return (folder / "config.json").is_file() and bool(weight_files(folder))
 
@@ -247,10 +265,10 @@ def _folders(path: str) -> list[str]:
     if not matches or not all(os.path.exists(m) for m in matches):
         raise ValueError(f"no checkpoint at {path}: there is nothing")
     found = [os.path.abspath(f) for match in matches for f in _below(Path(match))]
-    if not found and (adapter := next((m for m in matches if _is_adapter(Path(m))), None)):
+    if not found and (adapter := next((m for m in matches if _is_described(Path(m))), None)):
         raise ValueError(
-            f"{adapter} holds an adapter without its base model; merge them and save the whole: "
-            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+            f"{adapter} describes an adapter ({CONFIG}) but has no weights of it: save "
+            f"{WEIGHTS} beside it"
         )
     if not found:
         raise ValueError(
@@ -269,12 +287,12 @@ def _below(folder: Path) -> list[Path]:
     return found
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() or any(folder.glob("*/adapter_config.json"))
+def _is_described(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or any(folder.glob(f"*/{CONFIG}"))
 
 
 def _of_trainer(folder: Path, digest: str) -> Checkpoint:
-    """Return what a folder of the Hugging Face Trainer, or any model folder, tells."""
+    """Return what a folder of the Hugging Face Trainer, or of any model or adapter, tells."""
     state = (
         _json(folder / "trainer_state.json") if (folder / "trainer_state.json").is_file() else {}
     )
@@ -285,7 +303,7 @@ def _of_trainer(folder: Path, digest: str) -> Checkpoint:
     seed = re.search(r"seed[-_]?(\d+)", folder.parent.name)
     return Checkpoint(
         path=str(folder),
-        model=str(folder),
+        model=recorded_base(folder) if is_adapter(folder) else str(folder),
         model_args={},
         task=None,
         seed=int(seed[1]) if seed else 0,

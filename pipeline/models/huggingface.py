@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,17 @@ def auto_class(kw: dict[str, Any]) -> str:
 
 
 def pretrained(
-    folder: str, class_name: str, kw: dict[str, Any], *, whole: bool = False
+    folder: str,
+    class_name: str,
+    kw: dict[str, Any],
+    *,
+    whole: bool = False,
+    given: Collection[str] = (),
 ) -> nn.Module:
     """Return a Hugging Face model with its own weights; a head it lacks is fresh, and said so.
 
     No code from the folder is run, and a pickle is read with `weights_only`. With `whole`, nothing
-    may be lacking.
+    may be lacking but what is `given` from elsewhere.
 
     Raises:
         ValueError: there is no such folder or weights, or they do not fit the architecture.
@@ -68,7 +73,7 @@ def pretrained(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         said = f"model {folder} cannot be loaded with {class_name}: {_first_line(error)}"
         raise ValueError(said) from error
-    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - {*given})
     if fresh and whole:
         raise ValueError(f"{folder} has no weights for {few(fresh)} of {class_name}")
     if fresh:

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.tasks.task import Task
-from curate.scorers.protocol import TARGET_KINDS, Scorer
+from curate.scorers.protocol import ADAM_KINDS, TARGET_KINDS, Scorer
 
 ONE_GROUP = "none"
 """Asked for as the group column: all rows of the target together."""
@@ -54,24 +54,31 @@ Given = str | os.PathLike[str] | Sequence[str] | Corpus
 
 
 def find_target(
-    given: Given | None, column: str | None, task: Task, scorers: Mapping[str, Scorer]
+    given: Given | None,
+    column: str | None,
+    task: Task,
+    scorers: Mapping[str, Scorer],
+    is_stored: bool = False,
 ) -> Target | None:
     """Return the target with its groups: by `column`, or by class where there are classes.
+
+    `is_stored`: vectors of its rows are stored, whatever the scorers ask.
 
     Raises:
         ValueError: a scorer lacks a target or the target a scorer, or it does not suit the task.
     """
-    asking = [a for a, s in scorers.items() if any(n.kind in TARGET_KINDS for n in s.needs)]
+    kinds = TARGET_KINDS | ADAM_KINDS
+    asking = [a for a, s in scorers.items() if any(n.kind in kinds for n in s.needs)]
     if given is None:
         if asking:
             raise ValueError(f"{asking[0]} compares rows with a target: name it by --target CORPUS")
         if column is not None:
             raise ValueError(f"target group {column!r} is given, but no --target")
         return None
-    if not asking:
+    if not asking and not is_stored:
         raise ValueError(
             "target is given, but none of the scorers compares rows with a target: add "
-            "grad_similarity, or leave the target out"
+            "grad_similarity, --top-rows or --store, or leave the target out"
         )
     corpus = given if isinstance(given, Corpus) else open_corpus(given)
     try:

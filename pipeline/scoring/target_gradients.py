@@ -106,10 +106,10 @@ class TargetGradients:
 
     def _start(self, engine: Engine, batch: Batch) -> Directions:
         """Return zeros to add to, having chosen between gradients and sketches of them."""
-        params, groups = engine.target_params(batch), len(self.target.groups)
+        params, groups = self._params(engine, batch), len(self.target.groups)
         shapes = {name: p.shape for name, p in params.items()}
         size = groups * sum(p.numel() for p in params.values()) * 4
-        engine.sketch = self.sketch = self._error = None
+        self.sketch = self._error = None
         if size > MOST_BYTES:
             kk = SKETCH.k[0] * SKETCH.k[1]
             shapes = {name: torch.Size([kk]) for name in params}
@@ -118,8 +118,8 @@ class TargetGradients:
                     f"the target's gradients take {size / 2**30:.1f} GiB ({groups} groups), and "
                     f"sketches of them too much still: make fewer groups by --target-group"
                 )
-            engine.sketch = self.sketch = SKETCH
-            self._error = sketch_error(engine, batch)
+            self.sketch = SKETCH
+            self._error = sketch_error(engine, batch, params)
             log.warning(
                 "the target's gradients would take %.1f GiB: similarities are estimated by "
                 "sketches of %d x %d per parameter; cosines of target rows are off by %.4f (root "
@@ -130,6 +130,10 @@ class TargetGradients:
             name: torch.zeros(groups, *shapes[name], dtype=_sum_dtype(p), device=p.device)
             for name, p in params.items()
         }
+
+    def _params(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Return the parameters whose gradients are compared."""
+        return engine.target_params(batch)
 
     def _batches(self) -> Iterator[tuple[Batch, int, list[str]]]:
         """Yield batches of one group each, their group, and what to call their rows."""
@@ -195,8 +199,8 @@ class TargetGradients:
     def _summed(self, engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.sketch is None:
             return engine.summed_gradient(batch)
-        loss, sketches = engine.target_sketches(batch)
-        return loss, {name: s.sum(0) for name, s in sketches.items()}
+        loss, found = engine.read(batch, self._params(engine, batch), {"sketch": self.sketch})
+        return loss, {name: s.sum(0) for name, s in found["sketch"].items()}
 
     def _check(self, loss: Float[Tensor, " b"], names: Sequence[str]) -> None:
         for row in (~torch.isfinite(loss)).nonzero().flatten().tolist()[:1]:

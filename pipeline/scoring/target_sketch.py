@@ -20,18 +20,18 @@ NUMBERS = 1 << 28
 """Numbers of one row's gradient that are held at once for the exact products."""
 
 
-def sketch_error(engine: Engine, batch: Batch) -> float:
-    """Return how far off cosines by `engine.sketch` are: root mean square over a sample's pairs.
+def sketch_error(engine: Engine, batch: Batch, params: Mapping[str, Tensor]) -> float:
+    """Return how far off cosines by sketches are: root mean square over a sample's pairs.
 
     Exact products come from plain autograd on one row after the other, for some parameters at a
     time. A sample of one row tells the relative error of its squared norm.
     """
     rows = batch.select_rows(range(min(SAMPLE, batch.rows)))
     exact = torch.zeros(rows.rows, rows.rows, dtype=torch.float64)
-    for names in _portions(engine.target_params(rows)):
+    for names in _portions(params):
         exact += _products(engine, rows, names)
-    _, sketches = engine.target_sketches(rows)
-    estimate = sum((s @ s.T).double().cpu() for s in sketches.values())
+    _, found = engine.read(rows, params, {"sketch": SKETCH})
+    estimate = sum((s @ s.T).double().cpu() for s in found["sketch"].values())
     norms = exact.diagonal().sqrt()
     lengths, is_pair = norms[:, None] * norms, torch.ones_like(exact).triu(1).bool()
     if rows.rows == 1:

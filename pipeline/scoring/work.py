@@ -11,11 +11,13 @@ import pyarrow as pa
 from curate.pipeline.models.checkpoint import Checkpoint
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan
+from curate.pipeline.scoring.reference_task import own_tasks
 from curate.pipeline.scoring.score_table import RAW, score_schema
+from curate.pipeline.scoring.store_plan import StorePlan
 from curate.pipeline.scoring.target import Target
 from curate.pipeline.storing.storage import join
 from curate.pipeline.tasks.registry import task_from_description
-from curate.scorers.protocol import RECORD_KINDS, SPREAD_KINDS, Scorer, Signal
+from curate.scorers.protocol import ADAM_KINDS, RECORD_KINDS, SPREAD_KINDS, Scorer, Signal
 from curate.scorers.registry import scorer_from_spec
 
 
@@ -25,7 +27,7 @@ class Work:
 
     `checkpoints` are ordered by (seed, step); those of one seed form a run. `records` is the
     `records.parquet` that training wrote, and `target` the rows to compare with, where a scorer
-    asks for them.
+    asks for them. `reference` are other checkpoints that scorers compare with, and `stores` are vectors of rows that are kept beside the scores.
     """
 
     run: str
@@ -43,6 +45,8 @@ class Work:
     max_bad_rows: int = 10
     records: str | None = None
     target: Target | None = None
+    stores: StorePlan | None = None
+    reference: tuple[Checkpoint, ...] = ()
     threads: int = 1
     device: str = "cpu"
 
@@ -50,6 +54,14 @@ class Work:
     def made(self) -> dict[str, Scorer]:
         """The scorers by alias."""
         return {alias: scorer_from_spec(dict(spec)) for alias, spec in self.scorers.items()}
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What one pass over the model must give: for scorers, and the vectors that are stored."""
+        found = model_signals(self.made)
+        if self.stores is None:
+            return found
+        return found | {Signal("loss")} | frozenset(self.stores.signals.values())
 
     @property
     def runs(self) -> dict[int, list[int]]:
@@ -79,9 +91,11 @@ class Work:
     def columns(self) -> list[str]:
         """The corpus columns to read: the task's where a model runs, the kept ones, the id."""
         names: list[str] = []
-        if model_signals(self.made):
+        if self.signals:
             task = task_from_description(dict(self.task), self.corpus)
-            names += task.columns(self.corpus.schema).all
+            others = own_tasks(self.task, self.reference, self.corpus)
+            for read in (task, *others.values()):
+                names += read.columns(self.corpus.schema).all
         names += [*self.keep, *([self.id_column] if self.id_column else [])]
         return list(dict.fromkeys(names))
 
@@ -113,8 +127,15 @@ def record_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
     return frozenset(s for c in scorers.values() for s in c.needs if s.kind in RECORD_KINDS)
 
 
+def needs_moments(scorers: Mapping[str, Scorer]) -> bool:
+    """Tell whether a scorer reads the moments that Adam left beside the checkpoints."""
+    return any(s.kind in ADAM_KINDS for scorer in scorers.values() for s in scorer.needs)
+
+
 def has_checkpoints(scorer: Scorer) -> bool:
     """Tell whether the scorer has a value at each checkpoint, rather than one per run."""
+    if getattr(scorer, "is_of_run", False):
+        return False
     return not any(s.kind in RECORD_KINDS | SPREAD_KINDS for s in scorer.needs)
 
 
