@@ -21,6 +21,7 @@ SELECTORS = {
     "greedy_alignment": "curate.selectors.greedy_alignment:GreedyAlignment",
     "gumbel": "curate.selectors.gumbel:Gumbel",
     "importance": "curate.selectors.importance:Importance",
+    "kcenter": "curate.selectors.kcenter:KCenter",
     "keep": "curate.selectors.keep:Keep",
     "moderate": "curate.selectors.moderate:Moderate",
     "pa_da": "curate.selectors.pa_da:PaDa",

@@ -50,6 +50,8 @@ class VectorTable(Table, Protocol):
 class ArrayVectors:
     """Vectors in an array of numbers, which may be memory-mapped; converted a block at a time.
 
+    What is read may be the array itself: do not write to it.
+
     Raises:
         ValueError: the array is no matrix of numbers, or has no column.
     """
@@ -76,6 +78,10 @@ class ArrayVectors:
             yield _floats(self.array[start : start + BLOCK_ROWS])
 
     def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+        # A run of neighbours is read where it lies.
+        first, count = (int(numbers[0]), len(numbers)) if len(numbers) else (0, 0)
+        if count and int(numbers[-1]) == first + count - 1 and (np.diff(numbers) == 1).all():
+            return _floats(self.array[first : first + count])
         return _floats(self.array[numbers])
 
 
@@ -99,6 +105,27 @@ class PartOfVectors:
 
     def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
         return self._whole.take(self._places[numbers])
+
+
+class UnitVectors:
+    """Other vectors at length 1; zero vectors stay zero."""
+
+    def __init__(self, whole: Vectors) -> None:
+        self._whole = whole
+
+    @property
+    def rows(self) -> int:
+        return self._whole.rows
+
+    @property
+    def dimension(self) -> int:
+        return self._whole.dimension
+
+    def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
+        return (unit_rows(block) for block in self._whole.blocks())
+
+    def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+        return unit_rows(self._whole.take(numbers))
 
 
 def part_of(vectors: Vectors, places: Int64[ndarray, " n"]) -> Vectors:
