@@ -65,6 +65,33 @@ class Neighbors:
         return np.asarray(vectors / np.where(norms > 0, norms, 1))
 
 
+def kmeans(
+    points: Float32[np.ndarray, "n d"], clusters: int, seed: int, iterations: int = 20
+) -> Float32[np.ndarray, "k d"]:
+    """Return the centroids of Lloyd's k-means from a random start; empty clusters are split.
+
+    The same on one machine for the same points and seed; other builds and devices round otherwise.
+
+    Raises:
+        ValueError: fewer points than clusters.
+        RuntimeError: FAISS is not installed.
+    """
+    if not 1 <= clusters <= len(points):
+        raise ValueError(f"{clusters} clusters of {len(points)} points; choose 1 to {len(points)}")
+    faiss = _faiss()
+    found = faiss.Kmeans(
+        points.shape[1],
+        clusters,
+        niter=iterations,
+        seed=seed % (1 << 31),
+        gpu=_has_gpus(faiss),
+        min_points_per_centroid=1,  # no warning, and below: no further sampling
+        max_points_per_centroid=len(points),
+    )
+    found.train(np.ascontiguousarray(points, dtype=np.float32))
+    return np.asarray(found.centroids, dtype=np.float32).reshape(clusters, -1)
+
+
 def _faiss() -> Any:
     try:
         import faiss
@@ -77,6 +104,8 @@ def _faiss() -> Any:
 
 def _on_device(faiss: Any, index: Any) -> Any:
     """Return the index on the GPUs, where this build of FAISS sees any."""
-    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
-        return index
-    return faiss.index_cpu_to_all_gpus(index)
+    return faiss.index_cpu_to_all_gpus(index) if _has_gpus(faiss) else index
+
+
+def _has_gpus(faiss: Any) -> bool:
+    return bool(getattr(faiss, "get_num_gpus", lambda: 0)() > 0)
