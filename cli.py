@@ -209,15 +209,37 @@ def score(
     target: Annotated[
         str | None, typer.Option(help="Corpus that grad_similarity compares rows with.")
     ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Checkpoints of another model, which rho, pvi, ... compare with."),
+    ] = None,
     target_group: Annotated[
         str | None,
         typer.Option(help="Column of its groups, or none; its classes by default."),
     ] = None,
+    sketch: Annotated[
+        str | None,
+        typer.Option(help="Store gradient sketches: 32x32 per parameter, or 4096 of the whole."),
+    ] = None,
+    store: Annotated[
+        list[str] | None,
+        typer.Option(help="Store rows' vectors: embedding, probs, sketch; repeatable."),
+    ] = None,
+    top_rows: Annotated[
+        int | None,
+        typer.Option(help="List each target row's nearest and farthest rows, this many of each."),
+    ] = None,
+    similarity: Annotated[
+        Literal["cosine", "dot"], typer.Option(help="By which --top-rows compares gradients.")
+    ] = "cosine",
     keep: Annotated[
         list[str] | None, typer.Option(help="Corpus columns to copy; the label by default.")
     ] = None,
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Also write the score per checkpoint.")
+    ] = False,
+    keep_groups: Annotated[
+        bool, typer.Option("--keep-groups", help="Also write the score per group of the target.")
     ] = False,
     model: Model = None,
     task: TaskName = None,
@@ -251,11 +273,16 @@ def score(
     result = run(
         _corpus(corpus, split),
         checkpoints=checkpoints or ["run/checkpoints"],
-        scorers=_required(scorer, "--scorer"),
+        scorers=scorer or [] if sketch or store or top_rows else _required(scorer, "--scorer"),
         target=target,
         target_group=target_group,
+        store=store,
+        sketch=sketch,
+        top_rows=top_rows,
+        similarity=similarity,
         keep=[c for text in keep for c in text.split(",") if c] if keep is not None else None,
         keep_checkpoints=keep_checkpoints,
+        keep_groups=keep_groups,
         model=model,
         task=task,
         task_options=_task_options(task_option, row_loss),

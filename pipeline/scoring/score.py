@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.scoring.aggregate import aggregates
 from curate.pipeline.scoring.attempts import forget_attempts
+from curate.pipeline.scoring.curvature_factors import curvature_notes
 from curate.pipeline.scoring.score_folder import clear, finish, refuse_foreign, refuse_other_run
 from curate.pipeline.scoring.score_progress import duration
 from curate.pipeline.scoring.score_run import ScoringRun
@@ -20,6 +21,7 @@ from curate.pipeline.scoring.scoring_worker import ScoringWorker
 from curate.pipeline.scoring.sizing import Sizing, first_checkpoint_only, parameter_count, size_up
 from curate.pipeline.scoring.standardise import forget_raw, standardise
 from curate.pipeline.scoring.step_zero import input_norm_correlations, warn_of_step_zero
+from curate.pipeline.scoring.store_plan import UNIT_BYTES
 from curate.pipeline.scoring.target_gradients import sketch_errors
 from curate.pipeline.scoring.units import Unit, plan_units, read_units, rows_per_unit, write_units
 from curate.pipeline.scoring.validity import warn_of_settings
@@ -58,9 +60,14 @@ def score(
     corpus: str | os.PathLike[str] | Sequence[str] | Corpus,
     *,
     checkpoints: str | os.PathLike[str] | Sequence[str],
-    scorers: str | Sequence[str],
+    scorers: str | Sequence[str] = ...,
     target: str | os.PathLike[str] | Sequence[str] | Corpus | None = ...,
     target_group: str | None = ...,
+    reference: str | os.PathLike[str] | Sequence[str] | None = ...,
+    store: str | Sequence[str] | None = ...,
+    sketch: str | None = ...,
+    top_rows: int | None = ...,
+    similarity: str = ...,
     keep: Sequence[str] | None = ...,
     model: str | None = ...,
     task: str | None = ...,
@@ -73,6 +80,7 @@ def score(
     batch_tokens: int | None = ...,
     unit_rows: int | None = ...,
     keep_checkpoints: bool = ...,
+    keep_groups: bool = ...,
     max_bad_rows: int | None = ...,
     threads: int | None = ...,
     out: str | os.PathLike[str] = ...,
@@ -87,9 +95,14 @@ def score(
     corpus: str | os.PathLike[str] | Sequence[str] | Corpus,
     *,
     checkpoints: str | os.PathLike[str] | Sequence[str],
-    scorers: str | Sequence[str],
+    scorers: str | Sequence[str] = ...,
     target: str | os.PathLike[str] | Sequence[str] | Corpus | None = ...,
     target_group: str | None = ...,
+    reference: str | os.PathLike[str] | Sequence[str] | None = ...,
+    store: str | Sequence[str] | None = ...,
+    sketch: str | None = ...,
+    top_rows: int | None = ...,
+    similarity: str = ...,
     keep: Sequence[str] | None = ...,
     model: str | None = ...,
     task: str | None = ...,
@@ -102,6 +115,7 @@ def score(
     batch_tokens: int | None = ...,
     unit_rows: int | None = ...,
     keep_checkpoints: bool = ...,
+    keep_groups: bool = ...,
     max_bad_rows: int | None = ...,
     threads: int | None = ...,
     out: str | os.PathLike[str] = ...,
@@ -115,9 +129,14 @@ def score(
     corpus: str | os.PathLike[str] | Sequence[str] | Corpus,
     *,
     checkpoints: str | os.PathLike[str] | Sequence[str],
-    scorers: str | Sequence[str],
+    scorers: str | Sequence[str] = (),
     target: str | os.PathLike[str] | Sequence[str] | Corpus | None = None,
     target_group: str | None = None,
+    reference: str | os.PathLike[str] | Sequence[str] | None = None,
+    store: str | Sequence[str] | None = None,
+    sketch: str | None = None,
+    top_rows: int | None = None,
+    similarity: str = "cosine",
     keep: Sequence[str] | None = None,
     model: str | None = None,
     task: str | None = None,
@@ -130,6 +149,7 @@ def score(
     batch_tokens: int | None = None,
     unit_rows: int | None = None,
     keep_checkpoints: bool = False,
+    keep_groups: bool = False,
     max_bad_rows: int | None = None,
     threads: int | None = None,
     out: str | os.PathLike[str] = "run/scores",
@@ -145,7 +165,13 @@ def score(
     that kills its process three times is quarantined, see `ScoreTable.success["quarantined"]`.
 
     `target` is a small corpus that scorers such as grad_similarity compare rows with, in groups by
-    class where the task has classes, or by the column `target_group` ("none": all in one).
+    class where the task has classes, or by the column `target_group` ("none": all in one);
+    `keep_groups` also writes what each group alone would give.
+
+    `store` (embedding, probs, sketch) and `sketch` (32x32 for every parameter, 4096 for the whole
+    gradient) keep vectors of rows beside the scores, from the same pass; see `open_store`. No
+    scorer need be named then. `top_rows` of a target writes, for each of its rows, that many rows
+    that are nearest to it and farthest from it, by the `similarity` (cosine, dot) of sketches.
 
     `engine` is `local` (this process), `ray` (a pool of `workers`, each with `num_gpus`, here or
     at `ray_address`) or `auto`. `threads` of a worker depend on the model alone by default, so
@@ -166,11 +192,17 @@ def score(
             scorers,
             target=target,
             target_group=target_group,
+            reference=reference,
+            store=store,
+            sketch=sketch,
+            top_rows=top_rows,
+            similarity=similarity,
             keep=keep,
             model=model,
             task=task,
             task_options=task_options,
             keep_checkpoints=keep_checkpoints,
+            keep_groups=keep_groups,
             batch_rows=batch_rows,
             batch_tokens=batch_tokens,
             unit_rows=unit_rows,
@@ -291,6 +323,8 @@ def _run(
         notes["warnings"] = outside
     if errors := sketch_errors(folder):
         notes["sketch_error"] = errors
+    if factors := curvature_notes(folder):
+        notes["curvature"] = factors
     lock.check()
     success = finish(folder, work, units, notes)
     forget_attempts(folder)
@@ -308,6 +342,8 @@ def _check_model(work: Work, lock: RunLock, engine: _Engine) -> tuple[Sizing, Sc
     run = ScoringRun(work, [], lock)
     worker = ScoringWorker(first_checkpoint_only(work), run.session, run.number(-1))
     sizing = size_up(work, worker.signals, worker.probed, engine.device_kind())
+    if worker.signals.stores is not None:
+        sizing = replace(sizing, stored_bytes=worker.signals.stores.whole_row_bytes(work))
     return sizing, worker if len(work.checkpoints) == 1 else None
 
 
@@ -318,6 +354,8 @@ def _is_done(work: Work, folder: Folder) -> bool:
 
 def _plan_units(work: Work, sizing: Sizing, unit_rows: int | None) -> list[Unit]:
     rows = unit_rows or rows_per_unit(work.corpus.rows, sizing.seconds_per_row)
+    if sizing.stored_bytes and unit_rows is None:
+        rows = max(1, min(rows, UNIT_BYTES // sizing.stored_bytes))
     return plan_units([shard.rows for shard in work.corpus.shards], rows)
 
 

@@ -29,6 +29,7 @@ from curate.pipeline.scoring.score_table import (
     write_part,
 )
 from curate.pipeline.scoring.score_unit import receipt
+from curate.pipeline.scoring.store_receipts import TOP_ROWS, stores_of
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.commit import TMP
@@ -38,8 +39,8 @@ from curate.pipeline.storing.storage import Folder, canonical_json
 
 log = logging.getLogger("curate.score")
 
-OURS = frozenset({META, SUCCESS, UNITS, ERRORS, LOCK})
-OUR_FOLDERS = frozenset({ATTEMPTS, TMP, RAW, "store", "target"})
+OURS = frozenset({META, SUCCESS, UNITS, ERRORS, TOP_ROWS, LOCK})
+OUR_FOLDERS = frozenset({ATTEMPTS, TMP, RAW, "store", "target", "curvature"})
 
 
 def refuse_foreign(folder: Folder) -> None:
@@ -106,10 +107,16 @@ def clear(folder: Folder) -> None:
         if name.startswith("part-"):
             folder.delete(name)
     for inner in folder.folders():
-        for name in folder.names(f"{inner}/"):
-            folder.delete(name)
-    for name in (ERRORS, UNITS, META):
+        _empty(folder, inner)
+    for name in (TOP_ROWS, ERRORS, UNITS, META):
         folder.delete(name)
+
+
+def _empty(folder: Folder, inner: str) -> None:
+    for name in folder.names(f"{inner}/"):
+        folder.delete(name)
+    for deeper in folder.folders(f"{inner}/"):
+        _empty(folder, deeper)
 
 
 def committed(folder: Folder, units: Sequence[Unit]) -> dict[int, dict[str, Any]]:
@@ -162,6 +169,8 @@ def finish(
         "digest": digest_of_parts(sums),
         "notes": dict(notes),
     }
+    if work.stores is not None:
+        success["stores"] = stores_of(folder, receipts)
     folder.create(SUCCESS, canonical_json(success))
     return success
 

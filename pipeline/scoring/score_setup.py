@@ -20,6 +20,13 @@ from curate.pipeline.models.models import absolute_model, model_args
 from curate.pipeline.models.moments import moments_digest
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan, window_rows
+from curate.pipeline.scoring.reference import (
+    References,
+    check_references,
+    describe,
+    last_checkpoints,
+    resolved,
+)
 from curate.pipeline.scoring.score_table import FORMAT, VERSION
 from curate.pipeline.scoring.store_plan import described, plan_stores, window_limit
 from curate.pipeline.scoring.target import Given, find_target
@@ -50,6 +57,7 @@ class Request:
     scorers: str | Sequence[str]
     target: Given | None = None
     target_group: str | None = None
+    reference: References | None = None
     keep: Sequence[str] | None = None
     store: str | Sequence[str] | None = None
     sketch: str | None = None
@@ -59,6 +67,7 @@ class Request:
     task: str | None = None
     task_options: Mapping[str, Any] | None = None
     keep_checkpoints: bool = False
+    keep_groups: bool = False
     batch_rows: int | None = None
     batch_tokens: int | None = None
     unit_rows: int | None = None
@@ -83,6 +92,8 @@ def set_up(request: Request) -> Setup:
     corpus = request.corpus
     has_stores = bool(request.store or request.sketch or request.top_rows is not None)
     scorers = make_scorers(request.scorers) if request.scorers or not has_stores else {}
+    references = last_checkpoints(request.reference)
+    scorers = resolved(scorers, references)
     found = find_checkpoints(request.checkpoints)
     request = replace(request, model=_model(request, found))
     task = _task(request, found)
@@ -99,6 +110,11 @@ def set_up(request: Request) -> Setup:
         task,
         request.target is not None,
     )
+    if request.keep_groups and not any(map(has_groups, scorers.values())):
+        raise ValueError(
+            "--keep-groups keeps what each group of a target gives: ask for a scorer that "
+            "compares rows with one, such as grad_similarity"
+        )
     work = Work(
         run="",
         out=Folder(request.out).uri,
@@ -111,14 +127,14 @@ def set_up(request: Request) -> Setup:
         id_column=_id_column(columns.id, corpus.schema),
         plan=_plan(request, task, window_limit(stores, found)),
         keep_checkpoints=request.keep_checkpoints,
+        keep_groups=request.keep_groups,
         with_tokens=description["kind"] in LANGUAGE
         and bool(stores is not None or model_signals(scorers)),
         max_bad_rows=_max_bad_rows(request),
         records=_records(request, found, scorers),
-        target=find_target(
-            request.target, request.target_group, task, scorers, stores is not None
-        ),
+        target=find_target(request.target, request.target_group, task, scorers, stores is not None),
         stores=stores,
+        reference=check_references(references, scorers, found, description, corpus),
     )
     config = _config(work, request.unit_rows)
     run = hashlib.sha256(canonical_json(config)).hexdigest()
@@ -273,9 +289,12 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
         "keep": list(work.keep),
         "keep_checkpoints": work.keep_checkpoints,
         "target": None if work.target is None else work.target.config(),
+        **({"reference": [c.digest for c in work.reference]} if work.reference else {}),
         "batches": vars(work.plan),
         "unit_rows": unit_rows,
     }
+    if work.keep_groups:
+        config["keep_groups"] = True
     if work.stores is not None:
         config["stores"] = work.stores.config()
     if needs_moments(work.made):
@@ -303,6 +322,7 @@ def _meta(work: Work, config: dict[str, Any]) -> dict[str, Any]:
         ],
         "scorers": {alias: dict(spec) for alias, spec in work.scorers.items()},
         "target": None if work.target is None else work.target.describe(),
+        "reference": describe(work.reference),
         "config": config,
         "curate": curate.__version__,
     }

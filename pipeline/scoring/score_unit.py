@@ -15,6 +15,7 @@ import torch
 
 from curate.pipeline.scoring.score_rows import ScoreRows
 from curate.pipeline.scoring.signal_pass import DeviceLost, OutOfMemory, Reading, SignalPass
+from curate.pipeline.scoring.store_unit import UnitStores
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.windows import (
     Ledger,
@@ -59,10 +60,12 @@ def score_unit(
     signals: SignalPass,
     ledger: Ledger | None = None,
     progress: Callable[[int], None] | None = None,
+    stores: UnitStores | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Return the unit's rows in corpus order, and the receipt that goes with them.
 
-    `progress(rows)` is called after each window, and may raise to give the unit up.
+    `progress(rows)` is called after each window, and may raise to give the unit up. `stores` take
+    the vectors that are kept beside the scores; nothing of them is committed here.
 
     Raises:
         RunError: more rows than `work.max_bad_rows` cannot be scored.
@@ -70,13 +73,17 @@ def score_unit(
     """
     ledger = ledger or NoLedger()
     scores = ScoreRows(work, unit)
-    scoring = _Scoring(work, signals, scores, ledger)
+    scoring = _Scoring(work, signals, scores, ledger, stores)
     kept: list[pa.Table] = []
     if not work.columns:
         scores.fill(np.arange(unit.rows), {})
     task = signals.task if signals.wanted else None
     for window in windows(work, unit, task, ledger):
+        if stores is not None:
+            stores.begin(window.start, window.raw.num_rows)
         scoring.window(window)
+        if stores is not None:
+            stores.end(scores.errors)
         kept.append(window.raw.select(_kept_columns(work)))
         if progress is not None:
             progress(window.raw.num_rows)
@@ -114,8 +121,16 @@ def try_rows(work: Work, unit: Unit, signals: SignalPass, rows: list[int], way: 
 class _Scoring:
     """Scores windows: plans batches, runs them, and takes troubled ones apart."""
 
-    def __init__(self, work: Work, signals: SignalPass, scores: ScoreRows, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        work: Work,
+        signals: SignalPass,
+        scores: ScoreRows,
+        ledger: Ledger,
+        stores: UnitStores | None,
+    ) -> None:
         self.work, self.signals, self.scores, self.ledger = work, signals, scores, ledger
+        self.stores = stores
         self.splits: list[list[Any]] = []
 
     def window(self, window: Window) -> None:
@@ -205,9 +220,11 @@ class _Scoring:
         again: list[Piece] = []
         rows = np.concatenate([window.positions[piece.rows] for piece, _ in good])
         together = {s: torch.cat([reading[s] for _, reading in good], 1) for s in good[0][1]}
-        bad_rows = self.scores.fill(rows, together)
+        bad_rows = self.scores.fill(rows, together) | _unstorable(good)
         edges = np.cumsum([len(piece.rows) for piece, _ in good])[:-1]
         for (piece, reading), bad in zip(good, np.split(bad_rows, edges), strict=True):
+            if self.stores is not None:
+                self.stores.put(window.positions[piece.rows], reading.vectors)
             if not bad.any():
                 continue
             if len(piece.rows) == 1:
@@ -235,6 +252,15 @@ def too_many(work: Work, unit: Unit, errors: dict[int, str]) -> str:
         f"{work.corpus.shards[shard].path}: {reason}; mend the data or allow more with "
         f"--max-bad-rows"
     )
+
+
+def _unstorable(good: Sequence[tuple[Piece, Reading]]) -> np.ndarray:
+    """Return which rows (bool [B]) have a vector that is not finite."""
+    bad = [np.zeros(len(piece.rows), dtype=bool) for piece, _ in good]
+    for of_piece, (_, reading) in zip(bad, good, strict=True):
+        for stored in reading.vectors.values():
+            of_piece |= ~stored.is_finite()
+    return np.concatenate(bad)
 
 
 def _kept_columns(work: Work) -> list[str]:

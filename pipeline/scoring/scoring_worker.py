@@ -21,6 +21,7 @@ from curate.pipeline.scoring.attempts import (
 from curate.pipeline.scoring.score_table import part_name, write_part
 from curate.pipeline.scoring.score_unit import score_unit
 from curate.pipeline.scoring.signal_pass import DeviceLost, SignalPass
+from curate.pipeline.scoring.store_unit import UnitStores
 from curate.pipeline.scoring.trial import isolate, kills
 from curate.pipeline.scoring.units import Span, Unit
 from curate.pipeline.scoring.windows import Groups, encode_rows, raw_windows
@@ -71,9 +72,12 @@ class ScoringWorker:
             if self.parts.exists(part_name(unit.number)):
                 raise Superseded
 
+        stores = self._stores(unit)
         ledger = UnitLedger(self.work, unit, number, self.session)
         try:
-            table, receipt = score_unit(self.work, unit, self.signals, ledger, note)
+            table, receipt = score_unit(self.work, unit, self.signals, ledger, note, stores)
+            if stores is not None:  # before the part, which stands for them too
+                receipt["stores"] = stores.commit()
             is_first = write_part(self.parts, unit.number, table, receipt)
         except Superseded:
             ledger.attempt.end("late")
@@ -86,8 +90,17 @@ class ScoringWorker:
             with contextlib.suppress(OSError):  # a full disk: what matters is the first error
                 ledger.attempt.end(state, f"{type(error).__name__}: {error}"[:300])
             raise
+        finally:
+            if stores is not None:
+                stores.close()
         ledger.attempt.end("committed" if is_first else "late")
         return _told(unit, receipt["bad_rows"], receipt["splits"], is_first)
+
+    def _stores(self, unit: Unit) -> UnitStores | None:
+        """Return where the unit's vectors go, if any are kept."""
+        if self.signals.stores is None:
+            return None
+        return UnitStores(self.work, unit, self.signals.stores.layouts)
 
     def _probe(self, number: int | None) -> Batch:
         """Verify the engine on the first rows of the corpus that a model accepts; return them.

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from curate.pipeline.models.checkpoint import load_model, load_weights
 from curate.pipeline.scoring.adam_targets import AdamTargets
-from curate.pipeline.scoring.target_gradients import TargetGradients
+from curate.pipeline.scoring.curvature_factors import CurvatureFactors
+from curate.pipeline.scoring.reference_pass import ReferencePass, joint_task
 from curate.pipeline.scoring.store_pass import Held, Stored, StorePass
+from curate.pipeline.scoring.target_gradients import TargetGradients
 from curate.pipeline.scoring.windows import said
 from curate.pipeline.scoring.work import Work
-from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.engine import Engine, EngineError
 from curate.scorers.memory import is_out_of_memory
 from curate.scorers.protocol import (
     ADAM_KINDS,
+    REFERENCE_KINDS,
     SPREAD_KINDS,
     TARGET_KINDS,
     VECTOR_KINDS,
@@ -70,7 +72,7 @@ class SignalPass:
     def __init__(self, work: Work, keeps: bool = True) -> None:
         self.work = work
         self.device = torch.device(work.device)
-        self.task = task_from_description(dict(work.task), work.corpus)
+        self.task = joint_task(work)
         self.wanted = work.signals
         if work.with_tokens and self.wanted:
             self.wanted |= {Signal("tokens")}
@@ -84,6 +86,8 @@ class SignalPass:
         self._kept_per_entry = math.inf if self._spreads else 0.0
         if self.wanted:
             self._load()
+        self.references = ReferencePass(work, self.device)
+        self._compared: dict[int, int] = {}
         self._target: TargetGradients | None = None
         self._adam: AdamTargets | None = None
         kinds = {s.kind for s in self.wanted}
@@ -91,6 +95,9 @@ class SignalPass:
             self._target = TargetGradients(work, self.device, keeps)
         if work.target is not None and kinds & ADAM_KINDS:
             self._adam = AdamTargets(work, self.device, keeps)
+        self._curvature: CurvatureFactors | None = None
+        if any(s.curvature for s in self.wanted):
+            self._curvature = CurvatureFactors(work, self.device, keeps)
 
     @property
     def is_resident(self) -> bool:
@@ -107,9 +114,12 @@ class SignalPass:
         self._probed, moved = batch, self._moved(batch)
         for engine in self.engines:
             engine.verify(moved)
-        if self.work.target is not None:  # all now, so that a target at fault stops no unit
+        self.references.verify(moved)
+        asks_more = self._curvature is not None or self.references.expert is not None
+        if self.work.target is not None or asks_more:
+            # All now, so that a target or reference at fault stops no unit.
             for k in reversed(range(len(self.work.checkpoints))):
-                self._ready(k)
+                self._ready(k).expert.check()
         # What the outputs lack is said now, before rows are blamed for it; one row always fits.
         one = moved.select_rows([0])
         reading = self.engines[0](one)
@@ -155,6 +165,7 @@ class SignalPass:
                     held[i].clear()
                 else:
                     so_far.append(reading)
+        self._add_references(found, moved, begin)
         collected = _guarded(partial(self._collect, found))
         if isinstance(collected, Exception):
             raise collected
@@ -162,6 +173,25 @@ class SignalPass:
             if not isinstance(outcome, Exception):
                 outcome.vectors = kept.stored()
         return collected
+
+    def _add_references(
+        self,
+        found: list[list[dict[Signal, Tensor]] | Exception],
+        moved: Sequence[Batch | Exception],
+        begin: Callable[[int], None],
+    ) -> None:
+        """Put the references' losses, which no checkpoint changes, beside the other signals."""
+        if not self.references.wanted:
+            return
+        left = [
+            f if isinstance(f, Exception) else batch for f, batch in zip(found, moved, strict=True)
+        ]
+        for i, losses in enumerate(self.references(left, begin, _guarded)):
+            so_far = found[i]
+            if isinstance(losses, Exception) or isinstance(so_far, Exception):
+                found[i] = losses if isinstance(losses, Exception) else so_far
+            else:
+                found[i] = [at | losses for at in so_far]
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the rows' losses at the first checkpoint, [B] on the CPU; nothing else is run."""
@@ -239,7 +269,7 @@ class SignalPass:
             models += [self._model(checkpoint) for checkpoint in rest]
         elif size * len(self.work.checkpoints) <= CACHED_BYTES:
             self._states = [self._weights(checkpoint) for checkpoint in self.work.checkpoints]
-        wanted = of_one_checkpoint(self.wanted)
+        wanted = of_one_checkpoint(s for s in self.wanted if s.kind not in REFERENCE_KINDS)
         self.engines = [Engine(m, self.task.outputs, wanted, probe=False) for m in models]
         for engine in self.engines:
             if self.stores is not None:
@@ -271,12 +301,17 @@ class SignalPass:
     def _ready(self, k: int) -> Engine:
         """Return the engine with checkpoint k's weights and what it compares rows with there."""
         engine = self._at(k)
+        if self.references.expert is not None and self._compared.get(id(engine)) != k:
+            engine.expert.compare_with(self.references.expert)
+            self._compared[id(engine)] = k
         if self._target is not None:
             found = _of_target(partial(self._target.at, k, engine))
             if engine.directions is not found:
                 engine.directions, engine.sketch = found, self._target.sketch
         if self._adam is not None:
             engine.comparisons = _of_target(partial(self._adam.at, k, engine))
+        if self._curvature is not None:
+            engine.curved.curvatures = self._curvature.at(k, engine)
         return engine
 
     def _collect(

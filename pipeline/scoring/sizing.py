@@ -26,10 +26,12 @@ GRADIENTS: frozenset[SignalKind] = frozenset(
 
 @dataclass(frozen=True)
 class Sizing:
-    """Operations of one row's forward pass, and seconds per row over all checkpoints."""
+    """Operations of one row's forward pass, seconds per row over all checkpoints, and the bytes of
+    its stored vectors."""
 
     operations: float
     seconds_per_row: float
+    stored_bytes: int = 0
 
 
 def parameter_count(work: Work) -> int:

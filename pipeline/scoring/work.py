@@ -17,7 +17,14 @@ from curate.pipeline.scoring.store_plan import StorePlan
 from curate.pipeline.scoring.target import Target
 from curate.pipeline.storing.storage import join
 from curate.pipeline.tasks.registry import task_from_description
-from curate.scorers.protocol import ADAM_KINDS, RECORD_KINDS, SPREAD_KINDS, Scorer, Signal
+from curate.scorers.protocol import (
+    ADAM_KINDS,
+    RECORD_KINDS,
+    SPREAD_KINDS,
+    TARGET_KINDS,
+    Scorer,
+    Signal,
+)
 from curate.scorers.registry import scorer_from_spec
 
 
@@ -27,7 +34,8 @@ class Work:
 
     `checkpoints` are ordered by (seed, step); those of one seed form a run. `records` is the
     `records.parquet` that training wrote, and `target` the rows to compare with, where a scorer
-    asks for them. `reference` are other checkpoints that scorers compare with, and `stores` are vectors of rows that are kept beside the scores.
+    asks for them. `reference` are other checkpoints that scorers compare with, and `stores` are
+    vectors of rows that are kept beside the scores.
     """
 
     run: str
@@ -41,6 +49,7 @@ class Work:
     id_column: str | None = None
     plan: BatchPlan = field(default_factory=BatchPlan)
     keep_checkpoints: bool = False
+    keep_groups: bool = False
     with_tokens: bool = False
     max_bad_rows: int = 10
     records: str | None = None
@@ -112,6 +121,9 @@ class Work:
             with_checkpoints=[a for a, s in scorers.items() if has_checkpoints(s)]
             if self.keep_checkpoints
             else [],
+            with_groups=[a for a, s in scorers.items() if has_groups(s)]
+            if self.keep_groups
+            else [],
             with_tokens=self.with_tokens,
         )
 
@@ -137,6 +149,11 @@ def has_checkpoints(scorer: Scorer) -> bool:
     if getattr(scorer, "is_of_run", False):
         return False
     return not any(s.kind in RECORD_KINDS | SPREAD_KINDS for s in scorer.needs)
+
+
+def has_groups(scorer: Scorer) -> bool:
+    """Tell whether the scorer compares a row with each group of a target."""
+    return any(s.kind in TARGET_KINDS for s in scorer.needs)
 
 
 def reads_model(scorer: Scorer) -> bool:
