@@ -24,10 +24,9 @@ class GradMatch(Divided):
     Killamsetty et al. 2021 (arXiv:2103.00123, algorithm 2), by orthogonal matching pursuit on the
     vectors, which should be gradients of the last layer. Each group of `by_group` (their classes)
     is matched by itself; all weights together stand for the sum over all candidates. Their code
-    matches the mean, which multiplies all weights by one number: the objective has the same minimisers.
-    It also solves the normal equations by least squares, which is another problem where a weight
-    is 0; here the weights are the minimum of the objective itself, so a row that came early may
-    leave again.
+    matches the mean, which divides all weights by one number and moves no minimum. It also solves
+    the normal equations by least squares, another problem wherever a weight is 0; here the weights
+    are the minimum of the objective itself, so a row that came early may leave again.
 
     Only rows that point along what is left are taken, so there may be fewer than the budget.
     `fill="random"` then adds rows at random with weight 1 (a row that stands for itself), as the
