@@ -26,6 +26,11 @@ MOST_ROWS = 100_000
 HEURISTIC = 0.1
 """Damping as a share of the mean eigenvalue where none is given (Grosse et al. 2023)."""
 
+
+class CurvatureRefused(ValueError):
+    """What is asked for cannot be had of this model, whatever the rows."""
+
+
 Asked = tuple[str, str]
 """Which curvature a signal wants: its `params` and its `curvature`."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curate.scorers.curvature import Curvature, CurvatureSettings
+from curate.scorers.curvature import Curvature, CurvatureRefused, CurvatureSettings
 from curate.scorers.curvature_diagonal import DiagonalCurvature, squares
 from curate.scorers.curvature_kronecker import (
     Factors,
@@ -75,7 +75,7 @@ class CurvatureEstimate:
         does.
 
         Raises:
-            ValueError: there is nothing that this kind of curvature covers, or too much.
+            CurvatureRefused: there is nothing that this kind of curvature covers, or too much.
         """
         self._begin(batch)
         if self.labels == "model":
@@ -145,13 +145,13 @@ class CurvatureEstimate:
         make = full_cover if kind == "diagonal" else matrix_cover
         cover = make(self.engine.plan, shapes)
         if not cover.layers:
-            raise ValueError(
+            raise CurvatureRefused(
                 f"curvature={kind} covers none of the parameters asked for: "
                 f"{cover.left_out_aloud()}; choose curvature=diagonal, or others by params="
             )
         size = 4 * sum(_entries(layer, shapes, kind) for layer in cover.layers)
         if size > MOST_BYTES:
-            raise ValueError(
+            raise CurvatureRefused(
                 f"the factors of curvature={kind} take {size / 2**30:.1f} GiB at each checkpoint, "
                 f"more than {MOST_BYTES / 2**30:.0f}: name fewer parameters by params="
             )

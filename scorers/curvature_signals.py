@@ -7,6 +7,7 @@ directions (G + λI)^-1 v are made once; the rows' inner products with them are 
 """
 
 from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -18,62 +19,52 @@ from curate.scorers.protocol import Signal
 from curate.scorers.readouts import Dots, Readout
 from curate.scorers.watched_model import total
 
+Directions = Mapping[str, Float[Tensor, "m ..."]]
+
 
 class CurvedSignals:
     """Those of the wanted signals that name a curvature."""
 
     def __init__(self, wanted: Iterable[Signal]) -> None:
         self.signals = tuple(s for s in wanted if s.curvature)
-        self._curvatures: Mapping[Asked, Curvature] = {}
-        self._solved: dict[Asked, dict[str, Tensor]] = {}
+        self.curvatures: Mapping[Asked, Curvature] = {}
+        """By what is asked for, for the weights that are loaded. Set anew where they change."""
+        self._solved: WeakKeyDictionary[Curvature, tuple[Directions, dict[str, Tensor]]]
+        self._solved = WeakKeyDictionary()
 
     @property
     def params(self) -> list[str]:
         return [s.params for s in self.signals]
 
-    @property
-    def curvatures(self) -> Mapping[Asked, Curvature]:
-        """By what is asked for, for the weights that are loaded. Set anew where they change."""
-        return self._curvatures
-
-    @curvatures.setter
-    def curvatures(self, given: Mapping[Asked, Curvature]) -> None:
-        self._curvatures = given
-        self.forget_directions()
-
-    def forget_directions(self) -> None:
-        """The target's gradients have changed."""
-        self._solved = {}
-
-    def readouts(
-        self, directions: Mapping[str, Float[Tensor, "m ..."]]
-    ) -> dict[str, tuple[frozenset[str], Readout]]:
+    def readouts(self, directions: Directions) -> dict[str, tuple[frozenset[str], Readout]]:
         """Return what to read off the rows' gradients."""
         found: dict[str, tuple[frozenset[str], Readout]] = {}
         for signal in self.signals:
-            asked = signal.params, signal.curvature
-            assert asked in self._curvatures, "set before the first batch"
-            curvature = self._curvatures[asked]
+            curvature = self._of(signal)
             if signal.kind == "grad_sq_norm":
                 found[_key(signal)] = curvature.names, curvature
                 continue
-            if asked not in self._solved:
-                assert directions, "a target's directions are set before the first batch"
-                self._solved[asked] = curvature.solve(directions)
-            solved = self._solved[asked]
+            assert directions, "a target's directions are set before the first batch"
+            if curvature not in self._solved or self._solved[curvature][0] is not directions:
+                self._solved[curvature] = directions, curvature.solve(directions)
+            _, solved = self._solved[curvature]
             found[_key(signal)] = frozenset(solved), Dots(solved)
         return found
 
     def value(self, signal: Signal, harvest: Harvest) -> Float[Tensor, "b ..."]:
         """Return the signal's value, [B] or [B, M]."""
         if signal.kind == "grad_sq_norm":
-            names = self._curvatures[signal.params, signal.curvature].names
-            return total(harvest, _key(signal), names)
+            return total(harvest, _key(signal), self._of(signal).names)
         found = harvest.readouts[_key(signal)]
-        solved = self._solved[signal.params, signal.curvature]
+        _, solved = self._solved[self._of(signal)]
         groups = len(next(iter(solved.values())))
         zero = harvest.loss.new_zeros(len(harvest.loss), groups)
         return torch.stack([zero, *(found[n] for n in sorted(found))]).sum(0)
+
+    def _of(self, signal: Signal) -> Curvature:
+        asked = signal.params, signal.curvature
+        assert asked in self.curvatures, "set before the first batch"
+        return self.curvatures[asked]
 
 
 def _key(signal: Signal) -> str:

@@ -144,7 +144,6 @@ class Engine:
     @directions.setter
     def directions(self, given: Mapping[str, Float[Tensor, "m ..."]]) -> None:
         self._directions, self._target_norms = given, {}
-        self.curved.forget_directions()
 
     def target_params(self, batch: Any, params: str | None = None) -> dict[str, Tensor]:
         """Return the parameters that are compared with a target, or those that `params` names."""

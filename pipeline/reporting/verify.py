@@ -14,6 +14,8 @@ from curate.pipeline.models.checkpoint import find_checkpoints, load_model, read
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.reporting.layout import Kind, kind_of
 from curate.pipeline.reporting.run_folder import RunFolder
+from curate.pipeline.scoring.curvature_factors import FOLDER as CURVATURE_FOLDER
+from curate.pipeline.scoring.curvature_factors import read_factors
 from curate.pipeline.scoring.score_table import (
     SUCCESS,
     ScoreTable,
@@ -112,6 +114,8 @@ def _verify_scores(table: ScoreTable, findings: Findings) -> None:
         _verify_corpus_of(table.meta["target"], {}, findings)
         for name in table.folder.names(f"{TARGET_FOLDER}/"):
             findings.check(f"{table.path}/{name}", _target_gradients, table, name)
+    for name in table.folder.names(f"{CURVATURE_FOLDER}/"):
+        findings.check(f"{table.path}/{name}", _factors, table, name)
     for entry in table.meta["checkpoints"]:
         findings.check(f"checkpoint {entry['path']}", _checkpoint, entry)
 
@@ -139,6 +143,10 @@ def _parts(table: ScoreTable, sums: dict[str, str]) -> str | None:
 
 def _target_gradients(table: ScoreTable, name: str) -> None:
     read_gradients(table.folder, name, table.meta["run"])
+
+
+def _factors(table: ScoreTable, name: str) -> None:
+    read_factors(table.folder, name, table.meta["run"])
 
 
 def _checkpoint(entry: dict[str, Any]) -> str | None:

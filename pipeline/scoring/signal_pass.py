@@ -312,6 +312,7 @@ class SignalPass:
             engine.comparisons = _of_target(partial(self._adam.at, k, engine))
         if self._curvature is not None:
             engine.curved.curvatures = self._curvature.at(k, engine)
+            self._curvature.refuse_sketches(engine.sketch)
         return engine
 
     def _collect(

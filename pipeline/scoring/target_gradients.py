@@ -7,8 +7,6 @@ workers read it, so that they compare rows with the same bits.
 """
 
 import gc
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from curate.pipeline.models.checkpoint import checkpoint_name
+from curate.pipeline.scoring.kept_tensors import kept_bytes, read_kept, said_of
 from curate.pipeline.scoring.target_sketch import SKETCH, sketch_error
 from curate.pipeline.scoring.windows import encode_rows
 from curate.pipeline.scoring.work import Work
@@ -36,6 +33,7 @@ from curate.scorers.readouts import TwoSidedSketch
 log = logging.getLogger("curate.score")
 
 FOLDER = "target"
+ENTRY = "curate.target"
 MOST_BYTES = 4 << 30
 """What the groups' gradients at one checkpoint may take; those of all are kept on the device if
 they fit in it together."""
@@ -211,13 +209,10 @@ class TargetGradients:
     # -- keeping
 
     def _bytes(self, made: Directions) -> bytes:
-        tensors = {name: v.cpu() for name, v in made.items()}
         said: dict[str, Any] = {"run": self.work.run, "groups": self.target.groups}
-        said["digest"] = _digest(tensors)
         if self.sketch is not None:
             said["sketch"] = {**asdict(self.sketch), "error": self._error}
-        # One entry: the order of several would not be the same in every process.
-        return save(tensors, {"curate.target": json.dumps(said, sort_keys=True)})
+        return kept_bytes(made, ENTRY, said)
 
     def _read(self, name: str) -> Directions:
         found, said = read_gradients(self.folder, name, self.work.run, name not in self._checked)
@@ -235,41 +230,15 @@ def read_gradients(
     Raises:
         ValueError: the file is of another run, or damaged (`all_of_it`: by its digest).
     """
-    path = folder.local_path(name)
-    try:
-        found = load(folder.read(name)) if path is None else load_file(path)
-        said = _said(folder, name)
-    except (SafetensorError, json.JSONDecodeError):
-        found, said = {}, {}
-    is_whole = not all_of_it or said.get("digest") == _digest(found)
-    if said.get("run") != run or not is_whole:
-        raise ValueError(f"{folder.full_name(name)} is damaged: delete it and run the same command")
-    return found, said
+    return read_kept(folder, name, ENTRY, run, all_of_it)
 
 
 def sketch_errors(folder: Folder) -> dict[str, float]:
     """Return the measured error of what was sketched, by checkpoint."""
     names = folder.names(f"{FOLDER}/")
-    found = {n.removeprefix(f"{FOLDER}/"): _said(folder, n).get("sketch") for n in names}
+    found = {n.removeprefix(f"{FOLDER}/"): said_of(folder, n, ENTRY).get("sketch") for n in names}
     return {n.partition(".")[0]: sketch["error"] for n, sketch in found.items() if sketch}
-
-
-def _said(folder: Folder, name: str) -> dict[str, Any]:
-    """Return what the file's header says of it."""
-    with folder.open(name) as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    said: dict[str, Any] = json.loads(header.get("__metadata__", {}).get("curate.target", "{}"))
-    return said
 
 
 def _sum_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names and numbers."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + b"\0")
-        digest.update(tensors[name].contiguous().numpy().data)
-    return digest.hexdigest()
