@@ -29,12 +29,13 @@ class Gio:
     row alone), GIO runs on the centroids, and the rows of accepted clusters are kept, cluster by
     cluster in the order of acceptance and in a cluster the nearest to its centroid first (this is
     the rank), until the budget is full. With a budget the search goes on until then, unless
-    `stop` or `max_iter` is given; without one (or 1.0) `stop` decides, by default `increase`, and
-    `max_iter`, by default 100. A row whose cluster is accepted again after a reset counts as often.
+    `stop` or `max_iter` is given; without one (or 1.0) `stop` and `max_iter` (100) decide. A row
+    whose cluster is accepted again after a reset counts as often.
 
     `variant` "official" is the published code (`kl_all_neighbors`, `PublishedStop`), "l-nn" is ours
-    (`kl_lth_neighbor`, `MeantStop`; `v_init` is then "jump" by default). The other settings are
-    those of `Objective`, `Descent`, `Limits` and `Start`, named as in the published code; `base` is
+    (`kl_lth_neighbor`, `MeantStop`). By default the former begins at the "mean" and stops at an
+    `increase`, ours begins with a "jump" and has a `sequential_increase_tolerance`. The others are
+    settings of `Objective`, `Descent`, `Limits` and `Start`, named as in the published code; `base` is
     a column that is true for the rows of the base set, which are never chosen.
     """
 
@@ -90,7 +91,9 @@ class Gio:
             ValueError: one of them is out of its range.
         """
         is_ours = self.variant != "official"
-        criterion = self.stop or ("never" if has_budget else "increase")
+        # One random row of the target out of reach says little about the next one.
+        decides = "sequential_increase_tolerance" if is_ours else "increase"
+        criterion = self.stop or ("never" if has_budget else decides)
         bound = self.max_iter if self.max_iter is not None or has_budget else 100
         return Method(
             Start(
