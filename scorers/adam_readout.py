@@ -46,6 +46,10 @@ class Moments:
         ε (Kingma and Ba 2015, algorithm 1); what `torch.optim.Adam` divides out of its step.
         `grad` is overwritten.
         """
+        if name not in self.mean:
+            raise ValueError(
+                f"{name} has no Adam moments: it was not trained; limit params= to others"
+            )
         m, v = (x[name].to(grad.dtype).reshape(grad.shape[1:]) for x in (self.mean, self.square))
         root = (v * self.beta2).addcmul(grad, grad, value=1 - self.beta2)
         step = grad.mul_(1 - self.beta1).add_(m * self.beta1)
@@ -91,7 +95,8 @@ class AdamComparison:
         }
         if isinstance(self.read, Projection):
             projected = torch.stack(list(whole.values())).sum(0)
-            return inner(projected, projected), projected @ self._direction("", loss).T
+            square: Tensor = torch.linalg.vecdot(projected, projected)
+            return square, projected @ self._direction("", loss).T
         square = torch.stack([v[:, 0] for v in whole.values()]).sum(0)
         if self.read is None:
             dots = [v[:, 1:] for v in whole.values()]
