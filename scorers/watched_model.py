@@ -14,12 +14,15 @@ from curate.scorers.plan import Plan, summary
 from curate.scorers.prepared import bare, canonical_name, named_parameters
 from curate.scorers.probe import PROBE_ROWS, discover, verify
 from curate.scorers.protocol import Outputs
+from curate.scorers.recompute import repeated_blocks
 from curate.scorers.rows import count_rows
 
 log = logging.getLogger("curate.engine")
 
 LossFn = Callable[[nn.Module, Any], Outputs | Tensor]
 HEAD = "head"
+FIRST_LAYER = "first_encoder_layer"
+"""The first of the model's repeated blocks (PRESENCE: Thakkar et al. 2023)."""
 
 
 class WatchedModel:
@@ -43,6 +46,9 @@ class WatchedModel:
         """Raise ValueError where a pattern names no parameter that requires gradients."""
         if params == HEAD:
             return
+        if _is_first_layer(params):
+            self._first_layer_names()
+            return
         try:
             pattern = re.compile(params)
         except re.error as error:
@@ -65,6 +71,8 @@ class WatchedModel:
     def names(self, params: str) -> frozenset[str]:
         if params == HEAD:
             return frozenset(self._head_names())
+        if _is_first_layer(params):
+            return self._first_layer_names()
         return frozenset(n for n in self.trainable if re.search(params, n))
 
     def _head_names(self) -> tuple[str, ...]:
@@ -75,6 +83,16 @@ class WatchedModel:
                 "they come from one linear layer (or hidden and head); name it by params= instead"
             )
         return head.names
+
+    def _first_layer_names(self) -> frozenset[str]:
+        block = next(iter(repeated_blocks(self.passes.model)), None)
+        names = [n for n in self.trainable if block is not None and n.startswith(f"{block}.")]
+        if not names:
+            raise ValueError(
+                "params=first_encoder_layer: the model has no repeated blocks with trainable "
+                "parameters; name the layer by a regular expression instead"
+            )
+        return frozenset(names)
 
     def _refuse_complex(self) -> None:
         params = named_parameters(self.passes.model)
@@ -118,6 +136,10 @@ class WatchedModel:
         self._seen_rows = count_rows(batch)
         for name, path in self.paths.items():
             log.debug("%s: %s", name, path)
+
+
+def _is_first_layer(params: str) -> bool:
+    return params.replace("-", "_") == FIRST_LAYER
 
 
 def total(harvest: Harvest, key: str, names: Iterable[str]) -> Tensor:
