@@ -272,10 +272,11 @@ def score(
 
     result = run(
         _corpus(corpus, split),
-        checkpoints=checkpoints or ["run/checkpoints"],
+        checkpoints=checkpoints or None,
         scorers=scorer or [] if sketch or store or top_rows else _required(scorer, "--scorer"),
         target=target,
         target_group=target_group,
+        reference=reference,
         store=store,
         sketch=sketch,
         top_rows=top_rows,

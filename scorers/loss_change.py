@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +9,16 @@ from torch import Tensor
 from curate.scorers.protocol import Direction, Signal
 
 SINCE = "reference", "first", "auto"
+
+_MEANS = "learnt in training; near 0: known before, or never learnt; negative: got worse"
+_SOURCE = "the difference itself; no paper's rule"
+_DIRECTIONS = {
+    False: Direction(_MEANS, "high", _SOURCE, "a reference from before the training"),
+    True: Direction(
+        _MEANS, "high", _SOURCE, "first and last checkpoints of a run far apart",
+        ("several_checkpoints",),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,16 +36,13 @@ class LossChange:
 
     since: str = "auto"
 
-    direction: ClassVar[Direction] = Direction(
-        high_means="learnt in training; near 0: known before, or never learnt; negative: got worse",
-        keep="high",
-        source="the difference itself; no paper's rule",
-        valid="an earlier reference, or first and last checkpoints far apart in a run",
-    )
-
     def __post_init__(self) -> None:
         if self.since not in SINCE:
             raise ValueError(f"loss_change: since is one of {', '.join(SINCE)}, not {self.since!r}")
+
+    @property
+    def direction(self) -> Direction:
+        return _DIRECTIONS[self.is_of_run]
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -44,6 +44,7 @@ class ScorePlan:
     rows_done: int
     units: int
     checkpoints: int
+    references: int
     scorers: tuple[str, ...]
     tokens: int | None
     seconds: float
@@ -59,7 +60,7 @@ class ScorePlan:
 def score(
     corpus: str | os.PathLike[str] | Sequence[str] | Corpus,
     *,
-    checkpoints: str | os.PathLike[str] | Sequence[str],
+    checkpoints: str | os.PathLike[str] | Sequence[str] | None = ...,
     scorers: str | Sequence[str] = ...,
     target: str | os.PathLike[str] | Sequence[str] | Corpus | None = ...,
     target_group: str | None = ...,
@@ -94,7 +95,7 @@ def score(
 def score(
     corpus: str | os.PathLike[str] | Sequence[str] | Corpus,
     *,
-    checkpoints: str | os.PathLike[str] | Sequence[str],
+    checkpoints: str | os.PathLike[str] | Sequence[str] | None = ...,
     scorers: str | Sequence[str] = ...,
     target: str | os.PathLike[str] | Sequence[str] | Corpus | None = ...,
     target_group: str | None = ...,
@@ -128,7 +129,7 @@ def score(
 def score(
     corpus: str | os.PathLike[str] | Sequence[str] | Corpus,
     *,
-    checkpoints: str | os.PathLike[str] | Sequence[str],
+    checkpoints: str | os.PathLike[str] | Sequence[str] | None = None,
     scorers: str | Sequence[str] = (),
     target: str | os.PathLike[str] | Sequence[str] | Corpus | None = None,
     target_group: str | None = None,
@@ -386,11 +387,13 @@ def _dry_run(
     done = sum(u.rows for u in units if part_name(u.number) in parts)
     sample = _sample(work, units[0])
     score_unit(worker.work, sample, worker.signals)  # the first batches are slow
-    started = time.monotonic()
+    references = worker.signals.references
+    before, started = references.seconds, time.monotonic()
     table, _ = score_unit(worker.work, sample, worker.signals)
-    elapsed = time.monotonic() - started
+    once = references.seconds - before  # whatever the number of checkpoints
+    elapsed = (time.monotonic() - started - once) * len(work.checkpoints) + once
     rows = work.corpus.rows
-    seconds = elapsed / sample.rows * len(work.checkpoints) * (rows - done)
+    seconds = elapsed / sample.rows * (rows - done)
     tokens = None
     if work.with_tokens:
         tokens = round(sum(table.column("tokens").drop_null().to_pylist()) / sample.rows * rows)
@@ -399,6 +402,7 @@ def _dry_run(
         rows_done=done,
         units=len(units),
         checkpoints=len(work.checkpoints),
+        references=len(work.reference),
         scorers=tuple(work.scorers),
         tokens=tokens,
         seconds=round(seconds, 3),

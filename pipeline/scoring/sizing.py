@@ -19,8 +19,8 @@ OPERATIONS_PER_S = {"cpu": 2e10, "cuda": 2e13}
 SECONDS_PER_ROW = 2e-5
 SECONDS_PER_ROW_AND_CHECKPOINT = 1e-5
 """Reading, encoding and Python, whatever the model."""
-GRADIENTS: frozenset[SignalKind] = frozenset(
-    {"grad_sq_norm", "target_dot", "adam_target_dot", "sketch"} | GRADIENT_SPREAD_KINDS
+GRADIENTS: frozenset[SignalKind] = GRADIENT_SPREAD_KINDS | frozenset[SignalKind](
+    {"grad_sq_norm", "target_dot", "adam_target_dot", "sketch"}
 )
 
 
@@ -36,6 +36,8 @@ class Sizing:
 
 def parameter_count(work: Work) -> int:
     """Return about how many parameters the model has: its weight files hold four bytes each."""
+    if not work.checkpoints:
+        return 0
     files = weight_files(Path(work.checkpoints[0].path))
     return sum(file.stat().st_size for file in files) // 4
 
@@ -55,7 +57,8 @@ def size_up(work: Work, signals: SignalPass, batch: Batch | None, device: str) -
     passes = 3 if any(s.kind in GRADIENTS for s in signals.wanted) else 1
     passes += any(s.kind in LOGIT_SPREAD_KINDS for s in signals.wanted)  # of activations alone
     rate = OPERATIONS_PER_S[device]
-    return Sizing(operations, overhead + checkpoints * passes * operations / rate)
+    all_passes = checkpoints * passes * operations + signals.references.operations(batch)
+    return Sizing(operations, overhead + all_passes / rate)
 
 
 def first_checkpoint_only(work: Work) -> Work:

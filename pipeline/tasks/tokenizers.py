@@ -1,6 +1,7 @@
 """Tokenizers from Hugging Face folders, and the bytes of UTF-8 as a vocabulary of their own."""
 
 import hashlib
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -86,3 +87,30 @@ def byte_tokens(text: str) -> np.ndarray:
     """Return DOCUMENT and the UTF-8 bytes of the text, int32."""
     content = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
     return np.concatenate([np.array([DOCUMENT], np.int32), content.astype(np.int32)])
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Tell whether a folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def same_tokenizer(a: tuple[str | None, str | None], b: tuple[str | None, str | None]) -> bool:
+    """Tell whether two tokenizers, (source, digest), make the same tokens of every text.
+
+    Their files may differ in what plays no part there, such as settings of padding.
+    """
+    if a == b or (a[1] is not None and a[1] == b[1]):
+        return True
+    if None in (a[0], b[0]) or BYTES in (a[0], b[0]):
+        return False
+    ours, theirs = _rules(str(a[0])), _rules(str(b[0]))
+    return ours is not None and ours == theirs
+
+
+def _rules(source: str) -> dict[str, Any] | None:
+    """Return how a fast tokenizer cuts texts up, None for any other."""
+    backend = getattr(tokenizer(source), "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules: dict[str, Any] = json.loads(backend.to_str())
+    return {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
