@@ -72,9 +72,7 @@ class Engine:
             raise ValueError(f"{', '.join(records)} come from training records, not from a pass")
         kinds = {s.kind for s in self.wanted}
         if spreads := sorted(kinds & SPREAD_KINDS):
-            raise ValueError(
-                f"{', '.join(spreads)} is made of several checkpoints: see RunState"
-            )
+            raise ValueError(f"{', '.join(spreads)} is made of several checkpoints: see RunState")
         self._core = WatchedModel(model, outputs, probe)
         self.curved = CurvedSignals(self.wanted)
         self.expert = ExpertSignals(self.wanted, self._core)
@@ -242,7 +240,8 @@ class Engine:
         for signal in self._adam:
             assert signal in self.comparisons, "set before the first batch"
             readouts[str(signal)] = self._core.names(signal.params), self.comparisons[signal]
-        return readouts | self.curved.readouts(self._directions) | self.expert.readouts() | self._vectors.readouts()
+        readouts |= self._vectors.readouts()
+        return readouts | self.curved.readouts(self._directions) | self.expert.readouts()
 
     def sketched(self, params: str) -> list[str]:
         """Return the parameters that a sketch is of, in the order of its parts."""

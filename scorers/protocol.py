@@ -114,11 +114,11 @@ SignalKind = Literal[
 ]
 RECORD_KINDS = frozenset({"forgetting", "aum"})
 """Signals that training wrote down (`records.parquet`); no pass over the model computes them."""
-LOGIT_SPREAD_KINDS = frozenset({"vog_std", "vog_var"})
-GRADIENT_SPREAD_KINDS = frozenset({"grad_signal", "grad_noise"})
+LOGIT_SPREAD_KINDS: frozenset[SignalKind] = frozenset({"vog_std", "vog_var"})
+GRADIENT_SPREAD_KINDS: frozenset[SignalKind] = frozenset({"grad_signal", "grad_noise"})
 SPREAD_KINDS = LOGIT_SPREAD_KINDS | GRADIENT_SPREAD_KINDS
 """Signals made of all checkpoints of a run; no checkpoint has a value of its own."""
-TEXT_KINDS = frozenset({"text_weight"})
+TEXT_KINDS: frozenset[SignalKind] = frozenset({"text_weight"})
 """Signals read from the row's text; they need no model and no checkpoint."""
 ANGLE_KINDS = frozenset({"angle_paper", "angle_pairs", "angle_code", "angle_prompt"})
 """Signals of the angles between hidden states; `params` names the layer they go into."""
@@ -132,6 +132,8 @@ TARGET_KINDS = frozenset({"target_dot", "target_norm"})
 """Signals that compare a row with a target: [K, B, M] where others are [K, B]."""
 ADAM_KINDS = frozenset({"adam_sq_norm", "adam_target_dot"})
 """Signals of Adam's step: checkpoints must hold its moments, and the target is compared with."""
+GROUP_KINDS = TARGET_KINDS | {"adam_target_dot"}
+"""Signals that have a value for each group of the target, along their last axis."""
 
 
 @dataclass(frozen=True, order=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SCORERS = {
     "angle_concentration": "curate.scorers.angle_concentration:AngleConcentration",
     "aum": "curate.scorers.aum:AUM",
+    "dsir": "curate.scorers.dsir:DSIR",
     "el2n": "curate.scorers.el2n:EL2N",
     "el2n_seq": "curate.scorers.el2n_seq:EL2NSeq",
     "entropy": "curate.scorers.entropy:Entropy",

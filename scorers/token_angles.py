@@ -43,7 +43,8 @@ def up_projection(model: nn.Module, layer: str) -> nn.Module:
         pattern = re.compile(layer) if layer else UP
     except re.error as error:
         raise ValueError(f"layer={layer!r} is no regular expression: {error}") from None
-    found = [m for name, m in model.named_modules() if pattern.search(canonical_name(name))]
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    found = [m for name, m in modules if pattern.search(canonical_name(name))]
     if found:
         return found[-1]
     if layer:

@@ -342,6 +342,8 @@ def _check_model(work: Work, lock: RunLock, engine: _Engine) -> tuple[Sizing, Sc
     """
     run = ScoringRun(work, [], lock)
     worker = ScoringWorker(first_checkpoint_only(work), run.session, run.number(-1))
+    if worker.signals.texts is not None:
+        worker.signals.texts.ready()  # counted once, before several workers would
     sizing = size_up(work, worker.signals, worker.probed, engine.device_kind())
     if worker.signals.stores is not None:
         sizing = replace(sizing, stored_bytes=worker.signals.stores.whole_row_bytes(work))

@@ -30,6 +30,7 @@ from curate.pipeline.scoring.score_table import (
 )
 from curate.pipeline.scoring.score_unit import receipt
 from curate.pipeline.scoring.store_receipts import TOP_ROWS, stores_of
+from curate.pipeline.scoring.text_weights import FOLDER as NGRAMS
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.commit import TMP
@@ -40,7 +41,7 @@ from curate.pipeline.storing.storage import Folder, canonical_json
 log = logging.getLogger("curate.score")
 
 OURS = frozenset({META, SUCCESS, UNITS, ERRORS, TOP_ROWS, LOCK})
-OUR_FOLDERS = frozenset({ATTEMPTS, TMP, RAW, "store", "target", "curvature"})
+OUR_FOLDERS = frozenset({ATTEMPTS, TMP, RAW, "store", "target", "curvature", NGRAMS})
 
 
 def refuse_foreign(folder: Folder) -> None:

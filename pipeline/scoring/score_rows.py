@@ -13,16 +13,19 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from curate.pipeline.scoring.aggregate import KEY, aggregate_of, part_moments
+from curate.pipeline.scoring.reference import not_finite_at_reference
 from curate.pipeline.scoring.units import Unit
 from curate.pipeline.scoring.work import (
     Work,
     has_checkpoints,
+    has_groups,
     learning_rate_weights,
     reads_model,
     record_signals,
+    text_signals,
 )
 from curate.pipeline.training.records import read_records
-from curate.scorers.protocol import SPREAD_KINDS, Signal
+from curate.scorers.protocol import GROUP_KINDS, RECORD_KINDS, SPREAD_KINDS, TEXT_KINDS, Signal
 
 Records = dict[int, dict[Signal, np.ndarray]]
 """Seed -> signal -> float64 value of each row; NaN where training did not see the row."""
@@ -38,20 +41,23 @@ class Reduction:
             seed: torch.from_numpy(learning_rate_weights([work.checkpoints[k] for k in indices]))
             for seed, indices in work.runs.items()
         }
-        self.records = sorted(record_signals(self.scorers))
+        self.records = sorted(record_signals(self.scorers) | text_signals(self.scorers))
 
     def read_records(self, unit: Unit) -> Records:
-        """Return what training recorded of the unit's rows."""
-        if self.work.records is None or not self.records:
-            return {}
-        spans = [read_records(self.work.records, s.shard, s.start, s.rows) for s in unit.spans]
-        return {
-            seed: {
-                signal: np.concatenate([span[seed][signal.kind] for span in spans]).astype(float)
-                for signal in self.records
-            }
+        """Return what training recorded of the unit's rows, and room for what texts tell."""
+        found: Records = {
+            seed: {s: np.full(unit.rows, np.nan) for s in self.records if s.kind in TEXT_KINDS}
             for seed in self.work.runs
         }
+        recorded = [s for s in self.records if s.kind in RECORD_KINDS]
+        if self.work.records is None or not recorded:
+            return found
+        spans = [read_records(self.work.records, s.shard, s.start, s.rows) for s in unit.spans]
+        for seed in self.work.runs:
+            for signal in recorded:
+                values = [span[seed][signal.kind] for span in spans]
+                found[seed][signal] = np.concatenate(values).astype(float)
+        return found
 
     def by_seed(
         self, alias: str, reading: Mapping[Signal, Tensor], records: Records, rows: np.ndarray
@@ -79,6 +85,17 @@ class Reduction:
         ]
         return np.stack(at)
 
+    def by_group(
+        self, alias: str, reading: Mapping[Signal, Tensor]
+    ) -> Float64[np.ndarray, "m b"]:
+        """Return a scorer's mean over seeds where each group of the target is alone."""
+        groups = next(v.shape[2] for s, v in reading.items() if s.kind in GROUP_KINDS)
+        alone = [
+            {s: v[:, :, m : m + 1] if s.kind in GROUP_KINDS else v for s, v in reading.items()}
+            for m in range(groups)
+        ]
+        return np.stack([self.by_seed(alias, r, {}, np.empty(0, int)).mean(0) for r in alone])
+
 
 class ScoreRows:
     """Columns of a unit, filled batch by batch in any order."""
@@ -98,8 +115,18 @@ class ScoreRows:
             if by_checkpoint and has_checkpoints(scorer):
                 shape = (n, len(work.checkpoints))
                 self.columns[f"{alias}_by_checkpoint"] = np.full(shape, np.nan, np.float32)
+            if work.keep_groups and has_groups(scorer):
+                assert work.target is not None, "checked with the request"
+                shape = (n, len(work.target.groups))
+                self.columns[f"{alias}_by_group"] = np.full(shape, np.nan, np.float32)
         if work.with_tokens:
             self.columns["tokens"] = np.zeros(n, np.int32)
+
+    def put_texts(self, start: int, values: Mapping[Signal, np.ndarray]) -> None:
+        """Take what the texts of the rows from `start` on tell, before these rows are filled."""
+        for of_seed in self.records.values():
+            for signal, found in values.items():
+                of_seed[signal][start : start + len(found)] = found
 
     def fill(self, rows: np.ndarray, reading: Mapping[Signal, Tensor]) -> np.ndarray:
         """Store these rows' scores; return which of them (bool [B]) are not finite and were not.
@@ -120,6 +147,9 @@ class ScoreRows:
                 if f"{alias}_by_checkpoint" in self.columns:
                     at = self.reduction.by_checkpoint(alias, reading)
                     found[f"{alias}_by_checkpoint"] = at.T.astype(np.float32)
+                if f"{alias}_by_group" in self.columns:
+                    each = self.reduction.by_group(alias, reading)
+                    found[f"{alias}_by_group"] = each.T.astype(np.float32)
         if "tokens" in self.columns:
             found["tokens"] = reading[Signal("tokens")][0].nan_to_num().numpy().astype(np.int32)
         for name, values in found.items():
@@ -132,6 +162,8 @@ class ScoreRows:
         for checkpoint, loss in zip(self.work.checkpoints, losses.tolist(), strict=True):
             if not np.isfinite(loss):
                 return f"the loss is {loss} at checkpoint {checkpoint.path.rsplit('/', 1)[-1]}"
+        if (said := not_finite_at_reference(self.work, reading)) is not None:
+            return said
         for alias, scorer in self.reduction.scorers.items():
             if reads_model(scorer):
                 value = self.reduction.by_seed(alias, reading, {}, np.zeros(1, int)).mean()

@@ -30,8 +30,20 @@ from curate.pipeline.scoring.reference import (
 from curate.pipeline.scoring.score_table import FORMAT, VERSION
 from curate.pipeline.scoring.store_plan import described, plan_stores, window_limit
 from curate.pipeline.scoring.target import Given, find_target
+from curate.pipeline.scoring.text_weights import (
+    compares_texts_only,
+    find_text_target,
+    text_task,
+)
 from curate.pipeline.scoring.validity import refuse_settings
-from curate.pipeline.scoring.work import Work, model_signals, needs_moments, record_signals
+from curate.pipeline.scoring.work import (
+    Work,
+    has_groups,
+    model_signals,
+    needs_checkpoints,
+    needs_moments,
+    record_signals,
+)
 from curate.pipeline.storing.storage import Folder, canonical_json
 from curate.pipeline.tasks.guess import guess_aloud
 from curate.pipeline.tasks.registry import make_task, task_from_description
@@ -44,6 +56,8 @@ from curate.scorers.registry import make_scorers, scorer_spec
 log = logging.getLogger("curate.score")
 
 LANGUAGE = frozenset({"causal_lm", "seq2seq"})
+CHECKPOINTS = "run/checkpoints"
+"""Where checkpoints are unless the caller says so."""
 PLACES = ("tokenizer", "root")
 """Parts of a task's description that tell where files lie, not what is computed."""
 
@@ -53,7 +67,7 @@ class Request:
     """What the caller asked for, as given."""
 
     corpus: Corpus
-    checkpoints: str | os.PathLike[str] | Sequence[str]
+    checkpoints: str | os.PathLike[str] | Sequence[str] | None
     scorers: str | Sequence[str]
     target: Given | None = None
     target_group: str | None = None
@@ -94,7 +108,11 @@ def set_up(request: Request) -> Setup:
     scorers = make_scorers(request.scorers) if request.scorers or not has_stores else {}
     references = last_checkpoints(request.reference)
     scorers = resolved(scorers, references)
-    found = find_checkpoints(request.checkpoints)
+    given = request.checkpoints
+    if given is None and (has_stores or needs_checkpoints(scorers)):
+        given = CHECKPOINTS
+    request = replace(request, checkpoints=given)
+    found = [] if given is None else find_checkpoints(given)
     request = replace(request, model=_model(request, found))
     task = _task(request, found)
     columns = task.columns(corpus.schema)
@@ -132,7 +150,9 @@ def set_up(request: Request) -> Setup:
         and bool(stores is not None or model_signals(scorers)),
         max_bad_rows=_max_bad_rows(request),
         records=_records(request, found, scorers),
-        target=find_target(request.target, request.target_group, task, scorers, stores is not None),
+        target=find_text_target(request.target, request.target_group, task, scorers)
+        if compares_texts_only(scorers) and stores is None
+        else find_target(request.target, request.target_group, task, scorers, stores is not None),
         stores=stores,
         reference=check_references(references, scorers, found, description, corpus),
     )
@@ -161,6 +181,8 @@ def _model(request: Request, found: Sequence[Checkpoint]) -> str | None:
 def _task(request: Request, found: Sequence[Checkpoint]) -> Task:
     """Return the checkpoints' task, or the one asked for where they do not tell."""
     options = dict(request.task_options or {})
+    if not found:
+        return text_task(request.task, request.corpus, options)
     recorded, corpus = found[0].task, request.corpus
     if recorded is None:
         name = request.task or guess_aloud(corpus.schema)
@@ -245,6 +267,7 @@ def _records(
     asked = sorted(s.kind for s in record_signals(scorers))
     if not asked:
         return None
+    assert request.checkpoints is not None, "records are of checkpoints"
     path = records_path(request.checkpoints)
     if path is None:
         raise ValueError(
@@ -276,7 +299,7 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
     model = work.model
     if model is not None and is_user_code(model):
         model = file_digest(model)
-    if model is not None and is_adapter(work.checkpoints[0].path):
+    if model is not None and work.checkpoints and is_adapter(work.checkpoints[0].path):
         model = base_digest(model)
     config = {
         "corpus": work.corpus.digest,

@@ -136,6 +136,11 @@ class _Scoring:
     def window(self, window: Window) -> None:
         for row, reason in window.errors.items():
             self._fail(row, reason)
+        if self.signals.texts is not None:
+            values, errors = self.signals.texts.of(window.raw)
+            self.scores.put_texts(window.start, values)
+            for row, reason in errors.items():
+                self._fail(window.start + row, reason)
         if not self.signals.wanted:
             rows = np.arange(window.start, window.start + window.raw.num_rows)
             self.scores.fill(rows, {})

@@ -22,8 +22,11 @@ from curate.pipeline.scoring.curvature_factors import CurvatureFactors
 from curate.pipeline.scoring.reference_pass import ReferencePass, joint_task
 from curate.pipeline.scoring.store_pass import Held, Stored, StorePass
 from curate.pipeline.scoring.target_gradients import TargetGradients
+from curate.pipeline.scoring.target_sketch import sketch_error
+from curate.pipeline.scoring.text_weights import TextWeights
 from curate.pipeline.scoring.windows import said
-from curate.pipeline.scoring.work import Work
+from curate.pipeline.scoring.work import Work, text_signals
+from curate.pipeline.tasks.task import Task
 from curate.scorers.engine import Engine, EngineError
 from curate.scorers.memory import is_out_of_memory
 from curate.scorers.protocol import (
@@ -82,8 +85,9 @@ class SignalPass:
         self._may_recompute: bool | None = None
         self._spreads = sorted(s for s in self.wanted if s.kind in SPREAD_KINDS)
         self.stores = StorePass(work) if work.stores is not None else None
-        self._last = {indices[-1] for indices in work.runs.values()}
+        self._last = {indices[-1] for indices in work.runs.values() if indices}
         self._kept_per_entry = math.inf if self._spreads else 0.0
+        self.texts = TextWeights(work, keeps) if text_signals(work.made) else None
         if self.wanted:
             self._load()
         self.references = ReferencePass(work, self.device)
@@ -192,6 +196,23 @@ class SignalPass:
                 found[i] = losses if isinstance(losses, Exception) else so_far
             else:
                 found[i] = [at | losses for at in so_far]
+
+    @contextmanager
+    def reading(self, task: Task) -> Iterator[None]:
+        """Within: batches come from another corpus, by its own task; the models stay."""
+        before, self.task = self.task, task
+        try:
+            yield
+        finally:
+            self.task = before
+
+    def sketch_error(self, batch: Batch) -> float | None:
+        """Return the measured error of cosines by stored sketches, at the last checkpoint."""
+        if self.stores is None or (kind := self.stores.plan.kind) is None:
+            return None
+        engine, moved = self._ready(len(self.work.checkpoints) - 1), self._moved(batch)
+        params = engine.target_params(moved, self.stores.plan.sketch["params"])
+        return sketch_error(engine, moved, params, kind)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the rows' losses at the first checkpoint, [B] on the CPU; nothing else is run."""

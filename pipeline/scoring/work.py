@@ -19,9 +19,10 @@ from curate.pipeline.storing.storage import join
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.protocol import (
     ADAM_KINDS,
+    GROUP_KINDS,
     RECORD_KINDS,
     SPREAD_KINDS,
-    TARGET_KINDS,
+    TEXT_KINDS,
     Scorer,
     Signal,
 )
@@ -78,7 +79,7 @@ class Work:
         runs: dict[int, list[int]] = {}
         for index, checkpoint in enumerate(self.checkpoints):
             runs.setdefault(checkpoint.seed, []).append(index)
-        return runs
+        return runs or {0: []}  # what needs no model still has one value
 
     @cached_property
     def standardised(self) -> dict[str, str]:
@@ -105,6 +106,9 @@ class Work:
             others = own_tasks(self.task, self.reference, self.corpus)
             for read in (task, *others.values()):
                 names += read.columns(self.corpus.schema).all
+        if text_signals(self.made):
+            task = task_from_description(dict(self.task), self.corpus)
+            names += task.columns(self.corpus.schema).inputs
         names += [*self.keep, *([self.id_column] if self.id_column else [])]
         return list(dict.fromkeys(names))
 
@@ -130,13 +134,24 @@ class Work:
 
 def model_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
     """Return what one pass over the model must give: the union of all needs, and the loss."""
-    needs = {s for scorer in scorers.values() for s in scorer.needs if s.kind not in RECORD_KINDS}
+    apart = RECORD_KINDS | TEXT_KINDS
+    needs = {s for scorer in scorers.values() for s in scorer.needs if s.kind not in apart}
     return frozenset(needs | {Signal("loss")}) if needs else frozenset()
 
 
 def record_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
     """Return what is read from the records of training."""
     return frozenset(s for c in scorers.values() for s in c.needs if s.kind in RECORD_KINDS)
+
+
+def text_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
+    """Return what is read from the rows' texts."""
+    return frozenset(s for c in scorers.values() for s in c.needs if s.kind in TEXT_KINDS)
+
+
+def needs_checkpoints(scorers: Mapping[str, Scorer]) -> bool:
+    """Tell whether a scorer needs a model, or the records of one that was trained."""
+    return any(s.kind not in TEXT_KINDS for scorer in scorers.values() for s in scorer.needs)
 
 
 def needs_moments(scorers: Mapping[str, Scorer]) -> bool:
@@ -148,17 +163,17 @@ def has_checkpoints(scorer: Scorer) -> bool:
     """Tell whether the scorer has a value at each checkpoint, rather than one per run."""
     if getattr(scorer, "is_of_run", False):
         return False
-    return not any(s.kind in RECORD_KINDS | SPREAD_KINDS for s in scorer.needs)
+    return not any(s.kind in RECORD_KINDS | SPREAD_KINDS | TEXT_KINDS for s in scorer.needs)
 
 
 def has_groups(scorer: Scorer) -> bool:
     """Tell whether the scorer compares a row with each group of a target."""
-    return any(s.kind in TARGET_KINDS for s in scorer.needs)
+    return any(s.kind in GROUP_KINDS for s in scorer.needs)
 
 
 def reads_model(scorer: Scorer) -> bool:
     """Tell whether the scorer's value comes from passes over the model alone."""
-    return not any(s.kind in RECORD_KINDS for s in scorer.needs)
+    return not any(s.kind in RECORD_KINDS | TEXT_KINDS for s in scorer.needs)
 
 
 def learning_rate_weights(checkpoints: tuple[Checkpoint, ...] | list[Checkpoint]) -> np.ndarray:
@@ -166,6 +181,8 @@ def learning_rate_weights(checkpoints: tuple[Checkpoint, ...] | list[Checkpoint]
 
     Equal weights where a rate is unknown, or zero everywhere.
     """
+    if not checkpoints:
+        return np.zeros(0)
     rates = np.array([c.lr or 0.0 for c in checkpoints], dtype=np.float64)
     if any(c.lr is None for c in checkpoints) or not rates.sum() > 0:
         return np.full(len(rates), 1 / len(rates))
