@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
+from curate.selectors.cells import cells_of
 from curate.selectors.divided import Divided, Part
 from curate.selectors.farthest import FarthestFirst, nearest_to_mean
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.quantise import quantise
-from curate.selectors.vectors import PartOfVectors, UnitVectors, Vectors, VectorTable
+from curate.selectors.vectors import PartOfVectors, Vectors, VectorTable
 
 EXACT_PICKS = 10_000
 """Above as many picks the rows are cut into cells, unless `cells` says otherwise."""
@@ -76,7 +76,11 @@ class KCenter(Divided):
         if base is None:
             starts = self._starts(vectors, cells, np.random.default_rng(seed))
         centres = FarthestFirst(vectors, self.metric, starts=starts, base=base, cells=cells)
-        return centres.fill(sizes, part.amount), centres.radius(), 1 if cells is None else len(cells)
+        return (
+            centres.fill(sizes, part.amount),
+            centres.radius(),
+            1 if cells is None else len(cells),
+        )
 
     def _starts(
         self,
@@ -92,13 +96,3 @@ class KCenter(Divided):
             else:
                 found.append(int(rows[nearest_to_mean(PartOfVectors(vectors, rows), self.metric)]))
         return found
-
-
-def cells_of(
-    vectors: Vectors, count: int, metric: Literal["cosine", "euclidean"], seed: int
-) -> list[Int64[ndarray, " m"]]:
-    """Return the row numbers of each cluster of k-means, ascending; at most `count`, none empty."""
-    seen = UnitVectors(vectors) if metric == "cosine" else vectors
-    cluster = quantise(seen, count, seed).cluster
-    order = np.argsort(cluster, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(cluster))[:-1])

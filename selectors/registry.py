@@ -19,6 +19,7 @@ SELECTORS = {
     "d2": "curate.selectors.d2:D2",
     "diverse_top": "curate.selectors.diverse_top:DiverseTop",
     "gio": "curate.selectors.gio:Gio",
+    "facility_location": "curate.selectors.facility_location:FacilityLocation",
     "glister": "curate.selectors.glister:Glister",
     "gradmatch": "curate.selectors.gradmatch:GradMatch",
     "greedy_alignment": "curate.selectors.greedy_alignment:GreedyAlignment",

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.selectors import farthest
+from curate.selectors.cells import cells_of
 from curate.selectors.farthest import FarthestFirst, nearest_to_mean
-from curate.selectors.kcenter import KCenter, cells_of
+from curate.selectors.kcenter import KCenter
 from curate.selectors.protocol import Budget
 from curate.selectors.vectors import ArrayVectors
 
