@@ -21,6 +21,7 @@ from curate.pipeline.scoring.attempts import (
 from curate.pipeline.scoring.score_table import part_name, write_part
 from curate.pipeline.scoring.score_unit import score_unit
 from curate.pipeline.scoring.signal_pass import DeviceLost, SignalPass
+from curate.pipeline.scoring.store_target import store_target
 from curate.pipeline.scoring.store_unit import UnitStores
 from curate.pipeline.scoring.trial import isolate, kills
 from curate.pipeline.scoring.units import Span, Unit
@@ -73,6 +74,8 @@ class ScoringWorker:
                 raise Superseded
 
         stores = self._stores(unit)
+        if stores is not None and self.work.target is not None:
+            store_target(self.work, self.signals)
         ledger = UnitLedger(self.work, unit, number, self.session)
         try:
             table, receipt = score_unit(self.work, unit, self.signals, ledger, note, stores)

@@ -38,11 +38,17 @@ class _Window:
 class UnitStores:
     """Collects vectors of a unit's rows. Nothing has its name before `commit`; `close` in any case.
 
-    `layouts()` are asked for when the first vectors come.
+    `layouts()` are asked for when the first vectors come. Names begin with `lead`.
     """
 
-    def __init__(self, work: Work, unit: Unit, layouts: Callable[[], Mapping[str, Layout]]) -> None:
-        self.work, self.unit, self._layouts = work, unit, layouts
+    def __init__(
+        self,
+        work: Work,
+        unit: Unit,
+        layouts: Callable[[], Mapping[str, Layout]],
+        lead: str = "",
+    ) -> None:
+        self.work, self.unit, self._layouts, self._lead = work, unit, layouts, lead
         self._files: dict[str, StoreFile] = {}
         self._shard = np.concatenate([np.full(s.rows, s.shard, np.int32) for s in unit.spans])
         self._row = np.concatenate([np.arange(s.start, s.start + s.rows) for s in unit.spans])
@@ -110,6 +116,6 @@ class UnitStores:
             }
             folder = Folder(self.work.out)
             for name, layout in self._layouts().items():
-                at = store_name(name, self.unit.number)
+                at = self._lead + store_name(name, self.unit.number)
                 self._files[name] = StoreFile(folder, at, layout, receipt)
         return self._files

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curate.scorers.engine import Engine
 from curate.scorers.protocol import Batch
-from curate.scorers.readouts import TwoSidedSketch
+from curate.scorers.readouts import Projection, TwoSidedSketch
+from curate.scorers.row_vectors import Sketch
 
 SKETCH = TwoSidedSketch(seed=0, k=(32, 32))
 """Of every parameter: a matrix two-sided to 32 x 32, a vector one-sided to 1024."""
@@ -20,8 +21,10 @@ NUMBERS = 1 << 28
 """Numbers of one row's gradient that are held at once for the exact products."""
 
 
-def sketch_error(engine: Engine, batch: Batch, params: Mapping[str, Tensor]) -> float:
-    """Return how far off cosines by sketches are: root mean square over a sample's pairs.
+def sketch_error(
+    engine: Engine, batch: Batch, params: Mapping[str, Tensor], kind: Sketch = SKETCH
+) -> float:
+    """Return how far off cosines by such sketches are: root mean square over a sample's pairs.
 
     Exact products come from plain autograd on one row after the other, for some parameters at a
     time. A sample of one row tells the relative error of its squared norm.
@@ -30,8 +33,11 @@ def sketch_error(engine: Engine, batch: Batch, params: Mapping[str, Tensor]) -> 
     exact = torch.zeros(rows.rows, rows.rows, dtype=torch.float64)
     for names in _portions(params):
         exact += _products(engine, rows, names)
-    _, found = engine.read(rows, params, {"sketch": SKETCH})
-    estimate = sum((s @ s.T).double().cpu() for s in found["sketch"].values())
+    _, read = engine.read(rows, params, {"sketch": kind})
+    found = list(read["sketch"].values())
+    if isinstance(kind, Projection):  # of the whole gradient: its parts are added
+        found = [torch.stack(found).sum(0)]
+    estimate = sum((s @ s.T).double().cpu() for s in found)
     norms = exact.diagonal().sqrt()
     lengths, is_pair = norms[:, None] * norms, torch.ones_like(exact).triu(1).bool()
     if rows.rows == 1:

@@ -38,7 +38,7 @@ class At:
 
     seed: int
     step: int
-    epoch: int | None
+    epoch: int | float | None
     digest: str
     weight: float
 
