@@ -239,6 +239,28 @@ def test_several_seeds_are_averaged_and_each_checkpoint_has_its_value(
     np.testing.assert_allclose(both["grad_similarity_std"].to_numpy(), spread, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("how", ["similarity=dot, groups=max", "groups=mean"])
+def test_each_group_alone_is_kept_where_asked(
+    make_points: Make, points_checkpoints: Make, tmp_path: Path, how: str
+) -> None:
+    settings: dict[str, Any] = {
+        "corpus": make_points([20, 10]), "target": make_points([9], name="target"),
+        "checkpoints": points_checkpoints(seeds=2, steps=(1, 2)), "progress": False,
+    }  # fmt: skip
+    score(**settings, scorers=f"g=grad_similarity({how})", keep_groups=True, out=tmp_path / "s")
+    found = whole(tmp_path / "s")
+    each = np.array(found["g_by_group"].to_pylist())
+    groups = json.loads((tmp_path / "s" / "_meta.json").read_text())["target"]["groups"]
+    assert each.shape == (30, len(groups)) and len(groups) > 1
+    if "mean" in how:
+        np.testing.assert_allclose(each.mean(1), found["g"].to_numpy(), rtol=1e-5, atol=1e-7)
+    else:  # of two seeds the mean of the greatest is not below the greatest mean
+        assert (found["g"].to_numpy() >= each.max(1) - 1e-6).all()
+    with pytest.raises(ValueError, match="--keep-groups"):
+        score(settings["corpus"], checkpoints=settings["checkpoints"], scorers="el2n",
+              keep_groups=True, out=tmp_path / "t", progress=False)  # fmt: skip
+
+
 # -- cost
 
 
@@ -535,7 +557,7 @@ def test_damaged_gradients_are_named(settings: dict[str, Any], tmp_path: Path) -
         ({"target_group": "part"}, "the target has no column 'part' to group by; it has: x, label"),
         ({"target_group": "x"}, "target column 'x' holds .*list.*, which makes no groups"),
         ({"target": "nowhere"}, "nowhere"),
-        ({"scorers": "grad_similarity(mode=less)"}, "mode less needs Adam's moments"),
+        ({"scorers": "grad_similarity(mode=less)"}, "has no Adam moments"),
         ({"scorers": "grad_similarity(params=nosuch)"}, "matches no trainable parameter"),
     ],
     ids=lambda value: str(value)[:40],
