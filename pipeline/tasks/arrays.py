@@ -117,6 +117,19 @@ def lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
+def end_to_end(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ragged rows, each the first's followed by the second's."""
+    offsets = first[1] + second[1]
+    values = np.empty(offsets[-1], dtype=np.result_type(first[0], second[0]))
+    for part, starts in ((first, offsets[:-1]), (second, offsets[:-1] + np.diff(first[1]))):
+        lengths = np.diff(part[1])
+        within = np.arange(len(part[0])) - np.repeat(part[1][:-1], lengths)
+        values[np.repeat(starts, lengths) + within] = part[0]
+    return values, offsets
+
+
 def padded(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, fill: int) -> np.ndarray:
     """Return int64 [n, max(lengths)]: stretches of `values`, filled up on the right."""
     width = int(lengths.max(initial=0))

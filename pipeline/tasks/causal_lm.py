@@ -21,6 +21,7 @@ from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks import options
 from curate.pipeline.tasks.arrays import (
     combined,
+    end_to_end,
     is_list,
     leaf_type,
     lists,
@@ -60,6 +61,9 @@ class CausalLM(Task):
     document longer than `context` is cut into consecutive windows; every token but the
     document's first is a target exactly once, the first token of a window being predicted by the
     last position of the window before. A row's loss is the mean (or sum) over all its targets.
+
+    `prompt` is another column, whose tokens come before the document's: the model reads them, and
+    none of them is a target.
     """
 
     input: str
@@ -70,6 +74,7 @@ class CausalLM(Task):
     context: int
     row_loss: RowLoss = "mean"
     append_eos: bool = False
+    prompt: str | None = None
     kind = "causal_lm"
 
     @classmethod
@@ -84,6 +89,7 @@ class CausalLM(Task):
         row_loss: str = "mean",
         append_eos: bool | str = False,
         vocab_size: int | str | None = None,
+        prompt: str | None = None,
     ) -> "CausalLM":
         """Return the task for this corpus, with the model's tokenizer and context unless given.
 
@@ -110,16 +116,19 @@ class CausalLM(Task):
             _context(context, model),
             cast(RowLoss, row_loss),
             options.flag(append_eos, "append_eos"),
+            prompt,
         )
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "CausalLM":
         """Return the task that `describe` described."""
         columns = description["columns"]
+        document, *prompt = columns["inputs"]
         return cls(
-            columns["inputs"][0],
+            document,
             columns.get("id"),
             row_loss=description["row_loss"],
+            prompt=prompt[0] if prompt else None,
             **description["preprocess"],
         )
 
@@ -127,7 +136,7 @@ class CausalLM(Task):
         """Return the description kept in checkpoints; `from_description` reads it."""
         return {
             "kind": self.kind,
-            "columns": {"inputs": [self.input], "label": None, "id": self.id},
+            "columns": {"inputs": list(self._inputs), "label": None, "id": self.id},
             "classes": None,
             "preprocess": {
                 "tokenizer": self.tokenizer,
@@ -144,43 +153,62 @@ class CausalLM(Task):
         return {"vocab_size": self.vocab_size, "context": self.context}
 
     def columns(self, schema: pa.Schema) -> Columns:
-        """Return the document column, and `id` where the corpus has it."""
-        require(schema, Columns((self.input,)))
-        holds_tokens = is_list(storage_type(schema.field(self.input).type))
-        if holds_tokens != (self.tokenizer is None):
-            expected = "token ids" if self.tokenizer is None else "text"
-            raise ValueError(
-                f"column {self.input!r} holds {schema.field(self.input).type}, not {expected}"
-            )
-        return Columns((self.input,), id=self.id if self.id in schema.names else None)
+        """Return the document and prompt columns, and `id` where the corpus has it."""
+        require(schema, Columns(self._inputs))
+        for name in self._inputs:
+            holds_tokens = is_list(storage_type(schema.field(name).type))
+            if holds_tokens != (self.tokenizer is None):
+                expected = "token ids" if self.tokenizer is None else "text"
+                raise ValueError(f"column {name!r} holds {schema.field(name).type}, not {expected}")
+        return Columns(self._inputs, id=self.id if self.id in schema.names else None)
+
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        return (self.input,) if self.prompt is None else (self.input, self.prompt)
 
     def encode(self, rows: pa.Table) -> pa.Table:
-        """Return `tokens`, one list of ids per document.
+        """Return `tokens`, one list of ids per document, and how many of them are its `prompt`'s.
 
         Raises:
             ValueError: a document is null or has no target token, or an id is out of range.
         """
-        column = rows.column(self.input)
-        if column.null_count:
-            raise ValueError(f"document column {self.input!r} is null")
-        if self.tokenizer is None:
-            values, offsets = ragged(column)
-            if np.isnan(values).any() if values.dtype.kind == "f" else values.dtype.kind == "O":
-                raise ValueError("a token id is null")
-        else:
-            made = tokenize(self.tokenizer, [column], None)["input_ids"]
-            values = np.concatenate([np.empty(0, np.int32), *made])
-            offsets = np.concatenate([[0], np.cumsum([len(row) for row in made])]).astype(np.int64)
+        prompt = None
+        values, offsets = self._tokens(rows, self.input, follows=self.prompt is not None)
         if self.append_eos:
             values, offsets = self._with_end(values, offsets)
+        if self.prompt is not None:
+            before = self._tokens(rows, self.prompt)
+            prompt = np.diff(before[1])
+            values, offsets = end_to_end(before, (values, offsets))
         lengths = np.diff(offsets)
-        if (lengths < 2).any():
+        targets = lengths - np.maximum(1, 0 if prompt is None else prompt)
+        if (targets < 1).any():
             shortest = int(lengths.min())
             raise ValueError(f"the document has no target token ({shortest} token{'s'[shortest:]})")
         if values.size and (values.min() < 0 or values.max() >= self.vocab_size):
             odd = values[(values < 0) | (values >= self.vocab_size)][0]
             raise ValueError(f"token id {odd} is outside the vocabulary of {self.vocab_size}")
-        return pa.table({"tokens": lists(values.astype(np.int32), lengths)})
+        made = {"tokens": lists(values.astype(np.int32), lengths)}
+        return pa.table(made if prompt is None else {**made, "prompt": pa.array(prompt)})
+
+    def _tokens(
+        self, rows: pa.Table, name: str, follows: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return a column's tokens and where each row's begin and end.
+
+        `follows`: other text comes before it, so it starts with no token that means a start.
+        """
+        column = rows.column(name)
+        if column.null_count:
+            raise ValueError(f"document column {name!r} is null")
+        if self.tokenizer is None:
+            values, offsets = ragged(column)
+            if np.isnan(values).any() if values.dtype.kind == "f" else values.dtype.kind == "O":
+                raise ValueError("a token id is null")
+            return values, offsets
+        made = tokenize(self.tokenizer, [column], None, is_start=not follows)["input_ids"]
+        values = np.concatenate([np.empty(0, np.int32), *made])
+        return values, np.concatenate([[0], np.cumsum([len(r) for r in made])]).astype(np.int64)
 
     def cost(self, encoded: pa.Table) -> np.ndarray:
         """Return each document's tokens, int64 [B]."""
@@ -199,10 +227,16 @@ class CausalLM(Task):
         lengths = np.minimum(predictors[row_ids] - nth * self.context, self.context)
         starts = offsets[row_ids] + nth * self.context
         inputs = torch.from_numpy(padded(values, starts, lengths, self._filler()))
-        targets = torch.from_numpy(padded(values, starts + 1, lengths, IGNORE))
+        goals, prompt = values, None
+        if self.prompt is not None:
+            given = encoded.column("prompt").to_numpy()
+            place = np.arange(len(values)) - np.repeat(offsets[:-1], np.diff(offsets))
+            goals = np.where(place < np.repeat(given, np.diff(offsets)), IGNORE, values)
+            prompt = torch.from_numpy(np.clip(given[row_ids] - nth * self.context, 0, lengths))
+        targets = torch.from_numpy(padded(goals, starts + 1, lengths, IGNORE))
         is_cut = len(row_ids) > encoded.num_rows
         ids = torch.from_numpy(row_ids) if is_cut else None
-        return Batch({"input_ids": inputs}, targets, encoded.num_rows, ids)
+        return Batch({"input_ids": inputs}, targets, encoded.num_rows, ids, prompt=prompt)
 
     def blank(self, batch: Batch) -> Batch:
         """Raise ValueError: a document is all target, and no part of it an input."""
@@ -233,7 +267,12 @@ class CausalLM(Task):
 
         For training: a window may hold several documents, and attention sees across them. Every
         token but the stream's first is a target, with its document's weight (1 by default).
+
+        Raises:
+            ValueError: the task has prompts, whose tokens are no targets.
         """
+        if self.prompt is not None:
+            raise ValueError("documents with a prompt are not packed: leave --pack out")
         values, offsets = ragged(encoded.column("tokens"))
         end, fill = self._end_token(), self._filler()
         return pack(values, offsets, weights, context=self.context, end=end, fill=fill)

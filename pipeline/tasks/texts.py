@@ -90,12 +90,16 @@ def config_value(model: str | None, *keys: str) -> int | None:
 
 
 def tokenize(
-    source: str, columns: Sequence[pa.ChunkedArray], max_length: int | None
+    source: str,
+    columns: Sequence[pa.ChunkedArray],
+    max_length: int | None,
+    is_start: bool = True,
 ) -> dict[str, list[np.ndarray]]:
     """Return `input_ids`, and `token_type_ids` where the tokenizer has them, per row.
 
     One column, or two as pairs. What the tokenizer adds by itself (such as [CLS]) is added; more
-    than `max_length` tokens are cut off.
+    than `max_length` tokens are cut off. `is_start`: False where other text comes before it; then
+    the tokenizer adds nothing.
 
     Raises:
         ValueError: a text is null.
@@ -105,11 +109,16 @@ def tokenize(
         raise ValueError("the text is null")
     if source == BYTES:
         joined = ["\n".join(parts) for parts in zip(*texts, strict=True)]
-        return {"input_ids": [byte_tokens(text)[:max_length] for text in joined]}
+        first = 0 if is_start else 1
+        return {"input_ids": [byte_tokens(text)[first:][:max_length] for text in joined]}
     if not texts[0]:
         return {"input_ids": []}
     made = tokenizer(source)(
-        *texts, truncation=max_length is not None, max_length=max_length, verbose=False
+        *texts,
+        truncation=max_length is not None,
+        max_length=max_length,
+        add_special_tokens=is_start,
+        verbose=False,
     )
     return {
         name: [np.asarray(row, dtype=np.int32) for row in made[name]]
