@@ -88,4 +88,5 @@ class ExpertSignals:
             dots = total(harvest, KEY, names)
             return dots[:, 0] if dots.dim() == 2 else dots  # [B] where no row has a gradient
         parts = [torch.linalg.vector_norm(self._differences[name]) for name in sorted(names)]
-        return torch.stack(parts).norm().to(harvest.loss.dtype).expand(len(harvest.loss))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(parts)).to(harvest.loss.dtype)
+        return norm.expand(len(harvest.loss))

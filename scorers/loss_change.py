@@ -46,8 +46,8 @@ class LossChange:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        kinds = {"loss", "reference_loss"} if self.since == "reference" else {"loss"}
-        return frozenset(Signal(kind) for kind in kinds)
+        own = frozenset({Signal("loss")})
+        return own | {Signal("reference_loss")} if self.since == "reference" else own
 
     @property
     def is_of_run(self) -> bool:

@@ -47,10 +47,10 @@ class SelectWeights:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        kinds = {"weights_dot"}
-        if self.similarity == "cosine":
-            kinds |= {"grad_sq_norm", "weights_norm"}
-        return frozenset(Signal(kind, self.params) for kind in kinds)
+        dot = frozenset({Signal("weights_dot", self.params)})
+        if self.similarity == "dot":
+            return dot
+        return dot | {Signal("grad_sq_norm", self.params), Signal("weights_norm", self.params)}
 
     def reduce(
         self, signals: Mapping[Signal, Float[Tensor, "k b ..."]], weights: Float[Tensor, " k"]

@@ -20,7 +20,7 @@ from curate.pipeline.scoring.work import Work
 from curate.pipeline.tasks.registry import task_from_description
 from curate.pipeline.tasks.tokenizers import has_tokenizer, same_tokenizer, tokenizer_digest
 from curate.scorers.loss_change import LossChange
-from curate.scorers.protocol import EXPERT_KINDS, REFERENCE_KINDS, Scorer, Signal
+from curate.scorers.protocol import EXPERT_KINDS, Scorer, Signal
 
 log = logging.getLogger("curate.score")
 
@@ -93,10 +93,10 @@ def describe(references: Sequence[Checkpoint]) -> list[dict[str, Any]]:
 
 def not_finite_at_reference(work: Work, reading: Mapping[Signal, Tensor]) -> str | None:
     """Return what is wrong with the one row of this reading at a reference, None if nothing is."""
-    for kind in sorted(REFERENCE_KINDS):
-        if (losses := reading.get(Signal(kind))) is None:
+    for signal, is_null in ((Signal("reference_loss"), False), (Signal("null_loss"), True)):
+        if (losses := reading.get(signal)) is None:
             continue
-        of_kind = [c for c in work.reference if c.null_input == (kind == "null_loss")]
+        of_kind = [c for c in work.reference if c.null_input is is_null]
         for reference, loss in zip(of_kind, losses[0, 0].tolist(), strict=True):
             if not math.isfinite(loss):
                 return f"the loss is {loss} at reference {reference.path}"

@@ -21,12 +21,12 @@ from curate.pipeline.tasks.registry import task_from_description
 from curate.pipeline.tasks.task import Task
 from curate.scorers.engine import Engine
 from curate.scorers.prepared import named_parameters
-from curate.scorers.protocol import EXPERT_KINDS, REFERENCE_KINDS, Batch, Signal
+from curate.scorers.protocol import EXPERT_KINDS, Batch, Signal
 
 RESIDENT_BYTES = 1 << 30
 """All references stay on the device below this; in the host's memory below CACHED_BYTES."""
 CACHED_BYTES = 8 << 30
-LOSS = Signal("loss")
+LOSS, PLAIN, NULL = Signal("loss"), Signal("reference_loss"), Signal("null_loss")
 
 Losses = dict[Signal, Float[Tensor, "b r"]]
 Guard = Callable[[Callable[[], Tensor]], Tensor | Exception]
@@ -51,9 +51,9 @@ class ReferencePass:
         self.work, self.device = work, device
         self.seconds = 0.0
         kinds = {s.kind for s in model_signals(work.made)}
-        self.wanted = {Signal(kind) for kind in sorted(kinds & REFERENCE_KINDS)}
-        asked = {kind: Signal(kind) in self.wanted for kind in ("reference_loss", "null_loss")}
-        self._of = {i: Signal(_kind(c)) for i, c in enumerate(work.reference) if asked[_kind(c)]}
+        self.wanted = {signal for signal in (PLAIN, NULL) if signal.kind in kinds}
+        signals = enumerate(NULL if c.null_input else PLAIN for c in work.reference)
+        self._of = {i: signal for i, signal in signals if signal in self.wanted}
         tasks = own_tasks(work.task, work.reference, work.corpus)
         shared = task_from_description(dict(work.task), work.corpus) if self._of else None
         self._tasks = {i: tasks.get(i, shared) for i in self._of}
@@ -170,10 +170,6 @@ class ExpertWeights:
             own = named_parameters(load_model(self.checkpoint))
             self._held = {n: own[n].detach().clone() for n in self._asked if n in own}
         return {n: self._held[n] for n in names if n in self._held}
-
-
-def _kind(reference: Checkpoint) -> str:
-    return "null_loss" if reference.null_input else "reference_loss"
 
 
 def _bytes(reference: Checkpoint) -> int:
