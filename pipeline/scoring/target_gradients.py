@@ -117,7 +117,7 @@ class TargetGradients:
                     f"sketches of them too much still: make fewer groups by --target-group"
                 )
             self.sketch = SKETCH
-            self._error = sketch_error(engine, batch, params)
+            self._error = sketch_error(engine, batch, params, SKETCH)
             log.warning(
                 "the target's gradients would take %.1f GiB: similarities are estimated by "
                 "sketches of %d x %d per parameter; cosines of target rows are off by %.4f (root "
