@@ -3,6 +3,7 @@
 Shapes: N base vectors, Q queries, D dimensions, K neighbours.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +64,38 @@ class Neighbors:
             return vectors
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         return np.asarray(vectors / np.where(norms > 0, norms, 1))
+
+
+def strongest(
+    queries: Float32[np.ndarray, "q d"], blocks: Iterable[np.ndarray], k: int
+) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+    """Return the k largest inner products of each query with rows of the blocks [n, d], and which.
+
+    Exact, in one pass over the blocks: memory is one block's and the answer's. Rows count through
+    the blocks; those with NaN are passed over. Equal products come in the order of the rows; where
+    there are fewer than k rows the rest is -inf, of row -1.
+
+    Raises:
+        RuntimeError: FAISS is not installed.
+    """
+    faiss = _faiss()
+    index = _on_device(faiss, faiss.IndexFlatIP(queries.shape[1]))
+    values = np.full((len(queries), k), -np.inf, np.float32)
+    numbers = np.full((len(queries), k), -1, np.int64)
+    start = 0
+    for block in blocks:
+        rows = np.flatnonzero(np.isfinite(block).all(1))
+        if len(rows):
+            index.add(np.ascontiguousarray(block[rows], dtype=np.float32))
+            found, places = index.search(queries, min(k, len(rows)))
+            index.reset()
+            values = np.concatenate([values, found], 1)
+            numbers = np.concatenate([numbers, start + rows[places]], 1)
+            best = np.lexsort((numbers, -values), axis=1)[:, :k]
+            values = np.take_along_axis(values, best, 1)
+            numbers = np.take_along_axis(numbers, best, 1)
+        start += len(block)
+    return values, numbers
 
 
 def kmeans(

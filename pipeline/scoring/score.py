@@ -23,6 +23,7 @@ from curate.pipeline.scoring.standardise import forget_raw, standardise
 from curate.pipeline.scoring.step_zero import input_norm_correlations, warn_of_step_zero
 from curate.pipeline.scoring.store_plan import UNIT_BYTES
 from curate.pipeline.scoring.target_gradients import sketch_errors
+from curate.pipeline.scoring.top_rows_table import write_top_rows
 from curate.pipeline.scoring.units import Unit, plan_units, read_units, rows_per_unit, write_units
 from curate.pipeline.scoring.validity import warn_of_settings
 from curate.pipeline.scoring.work import Work
@@ -326,6 +327,8 @@ def _run(
         notes["sketch_error"] = errors
     if factors := curvature_notes(folder):
         notes["curvature"] = factors
+    if work.stores is not None and work.stores.top_rows:
+        notes["top_rows"] = write_top_rows(work, units)
     lock.check()
     success = finish(folder, work, units, notes)
     forget_attempts(folder)
