@@ -27,6 +27,7 @@ SELECTORS = {
     "importance": "curate.selectors.importance:Importance",
     "kcenter": "curate.selectors.kcenter:KCenter",
     "keep": "curate.selectors.keep:Keep",
+    "kmm": "curate.selectors.kmm:Kmm",
     "leverage": "curate.selectors.leverage:Leverage",
     "moderate": "curate.selectors.moderate:Moderate",
     "pa_da": "curate.selectors.pa_da:PaDa",
