@@ -41,6 +41,7 @@ def score_schema(
     keep: Sequence[pa.Field] = (),
     with_std: bool = False,
     with_checkpoints: Collection[str] = (),
+    with_groups: Collection[str] = (),
     with_tokens: bool = False,
 ) -> pa.Schema:
     """Return the columns of a part: identity, kept columns, scores, tokens, error.
@@ -61,6 +62,8 @@ def score_schema(
             scores.append(pa.field(f"{alias}_std", pa.float32()))
         if alias in with_checkpoints:
             scores.append(pa.field(f"{alias}_by_checkpoint", pa.list_(pa.float32())))
+        if alias in with_groups:
+            scores.append(pa.field(f"{alias}_by_group", pa.list_(pa.float32())))
     names = [field.name for field in scores]
     for field in scores:
         if field.name in RESERVED or names.count(field.name) > 1:
