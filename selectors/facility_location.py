@@ -13,7 +13,7 @@ from curate.selectors.divided import Divided, Part, within
 from curate.selectors.greedy import lazy_greedy, stochastic_greedy
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.vectors import Vectors, VectorTable, part_of
+from curate.selectors.vectors import Vectors, VectorTable, part_of, usable_target
 
 EXACT_ROWS = 20_000
 """Above as many rows (of a group) they are cut into cells, unless `cells` says otherwise."""
@@ -58,10 +58,11 @@ class FacilityLocation(Divided):
 
     def select(self, table: VectorTable, budget: Budget, rng: np.random.Generator) -> Selection:
         places, covered, rows, most = [], 0.0, 0, 1
+        target = usable_target(table)
         for part in self.parts(table, budget):
-            order, mean, cells = self._represent(part, table.target, int(rng.integers(1 << 31)))
+            order, mean, cells = self._represent(part, target, int(rng.integers(1 << 31)))
             places.append(part.places[order])
-            demand = len(part.places) if table.target is None else table.target.rows
+            demand = len(part.places) if target is None else target.rows
             covered, rows, most = covered + mean * demand, rows + demand, max(most, cells)
         chosen = np.concatenate(places)
         ranks = None if self.by_group is not None else np.arange(len(chosen))

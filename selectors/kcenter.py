@@ -12,7 +12,7 @@ from curate.selectors.divided import Divided, Part
 from curate.selectors.farthest import FarthestFirst, nearest_to_mean
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.vectors import PartOfVectors, Vectors, VectorTable
+from curate.selectors.vectors import PartOfVectors, Vectors, VectorTable, usable_target
 
 EXACT_PICKS = 10_000
 """Above as many picks the rows are cut into cells, unless `cells` says otherwise."""
@@ -54,8 +54,8 @@ class KCenter(Divided):
 
     def select(self, table: VectorTable, budget: Budget, rng: np.random.Generator) -> Selection:
         places, radii, most = [], [0.0], 1
+        base = usable_target(table)
         for part in self.parts(table, budget):
-            base = table.target
             order, radius, cells = self._spread(part, base, int(rng.integers(1 << 31)))
             places.append(part.places[order])
             radii.append(radius)

@@ -138,6 +138,26 @@ def part_of(vectors: Vectors, places: Int64[ndarray, " n"]) -> Vectors:
     return ArrayVectors(matrix(part))
 
 
+def usable_target(table: VectorTable) -> Vectors | None:
+    """Return the target's finite vectors, None where the table has no target.
+
+    Raises:
+        ValueError: they are of another dimension than the rows', or none is finite.
+    """
+    target = table.target
+    if target is None:
+        return None
+    if target.dimension != table.vectors.dimension:
+        raise ValueError(
+            f"the target's vectors have {target.dimension} dimensions, the rows' "
+            f"{table.vectors.dimension}; both must come from the same source"
+        )
+    found = np.flatnonzero(finite_rows(target))
+    if not len(found):
+        raise ValueError("no row of the target has a vector")
+    return part_of(target, found)
+
+
 def matrix(vectors: Vectors) -> Float32[ndarray, "n d"]:
     """Return all vectors in one array; memory is N·D·4 bytes."""
     found = np.empty((vectors.rows, vectors.dimension), dtype=np.float32)

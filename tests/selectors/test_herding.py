@@ -1,0 +1,118 @@
+"""Herding against the formula by brute force, its sign, its rate, groups and a target."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+
+from curate.selectors import herding as module
+from curate.selectors.herding import Herding, herd, mean_of
+from curate.selectors.protocol import Budget
+from curate.selectors.vectors import ArrayVectors
+
+
+def plain(points, k, mean=None):
+    """argmin ||(t + 1) mu - sum - x|| as it is written."""
+    points = np.asarray(points, np.float64)
+    mean = points.mean(axis=0) if mean is None else mean
+    order = []
+    for t in range(k):
+        rest = (t + 1) * mean - points[order].sum(axis=0)
+        away = np.linalg.norm(rest - points, axis=1)
+        away[order] = np.inf
+        order.append(int(np.argmin(away)))
+    return order
+
+
+def run(points, k):
+    vectors = ArrayVectors(np.asarray(points, np.float32))
+    order, gap = herd(vectors, mean_of(vectors), np.ones(len(points), dtype=np.int64), k)
+    return order.tolist(), gap
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 5), st.booleans())
+def test_it_is_the_formula_and_the_smallest(seed, n, d, is_held):
+    draw = np.random.default_rng(seed)
+    points = draw.normal(size=(n, d)).astype(np.float32) + 3
+    k = int(draw.integers(1, n + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_held:
+            patch.setattr(module, "SMALL_BYTES", 0)
+        order, gap = run(points, k)
+    assert order == plain(points, k)
+    found = np.linalg.norm(points[order].astype(np.float64).mean(axis=0) - points.mean(axis=0))
+    assert gap == pytest.approx(found, abs=1e-5)
+
+
+def test_a_case_worked_by_hand():
+    """mu = 1: first 1, then 2·1 - 1 = 1 again: 0 and 2 are equally near, 0 is earlier."""
+    assert run([[0.0], [2.0], [1.0], [-3.0], [5.0]], 4)[0] == [2, 0, 1, 3]
+
+
+def test_the_mean_is_followed_far_better_than_by_chance():
+    points = load_digits().data.astype(np.float32)[:600]
+    order, gap = run(points, 60)
+    mean, draw = points.mean(axis=0), np.random.default_rng(0)
+    chance = [
+        np.linalg.norm(points[draw.choice(600, 60, replace=False)].mean(axis=0) - mean)
+        for _ in range(20)
+    ]
+    assert gap < 0.25 * min(chance)
+    assert len(set(order)) == 60
+
+
+def test_a_distant_mean_costs_no_precision():
+    points = np.random.default_rng(3).normal(size=(200, 4)).astype(np.float32)
+    far = (points.astype(np.float64) + 1000).astype(np.float32)
+    assert run(far, 50)[0] == plain(far, 50)
+
+
+@pytest.fixture
+def table(make_table):
+    draw = np.random.default_rng(5)
+    made = make_table(np.zeros(60), errors=[3], label=pa.array(np.repeat(["b", "a", "c"], 20)))
+    made.points = draw.normal(size=(60, 4)).astype(np.float32)
+    made.points[7] = np.nan
+    made.vectors, made.target = ArrayVectors(made.points), None
+    return made
+
+
+def test_each_group_follows_its_own_mean(table, kept):
+    selection = Herding(by_group="label").select(
+        table, Budget("rows", 15), np.random.default_rng(0)
+    )
+    chosen = kept(selection)
+    for group in (1, 2):
+        mine = [c - 20 * group for c in chosen.tolist() if c // 20 == group]
+        assert sorted(plain(table.points[20 * group :][:20], len(mine))) == mine
+    assert len(chosen) == 15
+
+
+def test_a_target_is_followed_and_length_may_not_count(table, ranked):
+    aim = np.random.default_rng(9).normal(size=(6, 4)).astype(np.float32)
+    aim[2] = np.nan
+    table.target = ArrayVectors(aim)
+    able = np.setdiff1d(np.arange(60), [3, 7])
+    selection = Herding(metric="cosine").select(table, Budget("rows", 9), np.random.default_rng(0))
+    units, aims = (
+        x / np.linalg.norm(x, axis=1, keepdims=True)
+        for x in (table.points[able].astype(np.float64), np.delete(aim, 2, 0).astype(np.float64))
+    )
+    assert ranked(selection).tolist() == able[plain(units, 9, aims.mean(axis=0))].tolist()
+
+
+def test_tokens_are_filled_to_the_row_that_would_exceed_them(make_table, kept):
+    tokens = np.random.default_rng(7).integers(1, 9, 40)
+    table = make_table(np.zeros(40), tokens=pa.array(tokens, pa.int32()))
+    points = np.random.default_rng(8).normal(size=(40, 3)).astype(np.float32)
+    table.vectors, table.target = ArrayVectors(points), None
+    chosen = kept(Herding().select(table, Budget("tokens", 50), np.random.default_rng(0)))
+    assert 50 - 8 < tokens[chosen].sum() <= 50
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="metric"):
+        Herding(metric="dot")
