@@ -54,7 +54,7 @@ def clustered(vectors: Vectors, points: int, seed: int) -> Clustered:
     if n <= points:
         centres = matrix(vectors).astype(np.float64)
         return Clustered(centres, np.full(n, 1 / n), np.arange(n), np.zeros(n))
-    looked_at = _some(n, points * PER_CENTRE, seed)
+    looked_at = some_places(n, points * PER_CENTRE, seed)
     narrow = kmeans(vectors.take(looked_at), points, seed % (1 << 31))
     index = Neighbors(vectors.dimension, "euclidean")
     index.add(narrow)
@@ -77,7 +77,7 @@ def median_distance(source: Float64[ndarray, "n d"], target: Float64[ndarray, "t
     return float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0
 
 
-def _some(n: int, most: int, seed: int) -> Int64[ndarray, " m"]:
+def some_places(n: int, most: int, seed: int) -> Int64[ndarray, " m"]:
     """Return up to `most` of n places at random, ascending."""
     if n <= most:
         return np.arange(n)
