@@ -6,6 +6,7 @@ gradients, is the adapter alone. peft is an extra: `pip install 'curate[lora]'`.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -95,7 +96,9 @@ def load_adapted(folder: str, base: str) -> nn.Module:
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = pretrained(base, name, options, whole=True, given=given)
     try:
-        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)  # type: ignore[arg-type]
+        with warnings.catch_warnings():  # about how peft makes it, which is as it was trained
+            warnings.simplefilter("ignore")
+            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"adapter {folder} does not fit its base model {base}: {said}") from error
@@ -118,13 +121,13 @@ def load_adapter_weights(model: nn.Module, folder: str) -> None:
 
     weights = _weights(folder)
     _refuse_misfit(model, weights, folder)
-    peft.set_peft_model_state_dict(model, weights)  # type: ignore[arg-type]
+    peft.set_peft_model_state_dict(model, weights)
 
 
 def _refuse_misfit(model: nn.Module, weights: dict[str, Tensor], folder: str) -> None:
     import peft
 
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)  # type: ignore[arg-type]
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     odd = sorted(own.keys() ^ weights.keys())
     odd += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
     if odd:

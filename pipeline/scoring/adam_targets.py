@@ -6,7 +6,6 @@ Shapes: B rows of a batch, M groups, k numbers of a projection.
 import hashlib
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from curate.pipeline.models.moments import read_moments
 from curate.pipeline.scoring.target_gradients import MOST_BYTES, Directions, TargetGradients
-from curate.pipeline.scoring.target_sketch import SKETCH
 from curate.pipeline.scoring.work import Work, model_signals
 from curate.scorers.adam_readout import AdamComparison, Moments
 from curate.scorers.engine import Engine
@@ -111,7 +109,7 @@ class UnitTarget(TargetGradients):
             return loss, {WHOLE: scale @ rows}
         readouts: dict[str, Readout] = {"square": sq_norm}
         if self.sketch is not None:
-            readouts["sketch"] = SKETCH
+            readouts["sketch"] = self.sketch
         loss, found = engine.read(batch, names, readouts)
         scale = _inverse(_total(found["square"], loss))
         if self.sketch is not None:
@@ -123,7 +121,7 @@ class UnitTarget(TargetGradients):
 _F32 = torch.float32
 
 
-def _total(found: dict[str, Tensor], loss: Float[Tensor, " b"]) -> Any:
+def _total(found: dict[str, Tensor], loss: Float[Tensor, " b"]) -> Tensor:
     """Return the sum over parameters, in a fixed order."""
     zero = torch.zeros_like(loss)
     values = [found[name] for name in sorted(found)]

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from curate.pipeline.models.adapters import is_adapter
 from curate.pipeline.models.checkpoint import load_model, load_weights
 from curate.pipeline.scoring.adam_targets import AdamTargets
 from curate.pipeline.scoring.curvature_factors import CurvatureFactors
@@ -288,7 +289,8 @@ class SignalPass:
         models = [self.model]
         if size * len(self.work.checkpoints) <= RESIDENT_BYTES:
             models += [self._model(checkpoint) for checkpoint in rest]
-        elif size * len(self.work.checkpoints) <= CACHED_BYTES:
+        elif size * len(self.work.checkpoints) <= CACHED_BYTES and not is_adapter(first.path):
+            # An adapter is read again instead: small, where the base model would be held each time.
             self._states = [self._weights(checkpoint) for checkpoint in self.work.checkpoints]
         wanted = of_one_checkpoint(s for s in self.wanted if s.kind not in REFERENCE_KINDS)
         self.engines = [Engine(m, self.task.outputs, wanted, probe=False) for m in models]
