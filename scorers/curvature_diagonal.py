@@ -22,10 +22,10 @@ from curate.scorers.parts import Gradient, Indexed
 
 @dataclass(frozen=True, eq=False)
 class DiagonalCurvature:
-    """(diag(E[g^2]) + λI)^-1 of the layers' parameters; `squares` by parameter, in its shape."""
+    """(diag(E[g^2]) + λI)^-1 of the layers' parameters; `squares` by parameter, as a matrix."""
 
     layers: Mapping[str, Layer]
-    squares: Mapping[str, Float[Tensor, "..."]]
+    squares: Mapping[str, Float[Tensor, "r c"]]
     damping: float | int | None = None
 
     @property
@@ -33,7 +33,7 @@ class DiagonalCurvature:
         return frozenset(self.squares)
 
     def __call__(self, gradient: Gradient) -> Float[Tensor, " b"]:
-        weight = self._inverses[gradient.name].reshape(gradient.matrix_shape)
+        weight = self._inverses[gradient.name]
         pair, indexed, full = gradient.pair, gradient.indexed, gradient.full
         if pair is not None and indexed is None and full is None and not isinstance(pair, HeadPart):
             return grad_weighted_sq_norm(pair.left, pair.right, weight)
@@ -49,10 +49,13 @@ class DiagonalCurvature:
 
     def solve(self, directions: Mapping[str, Float[Tensor, "m ..."]]) -> dict[str, Tensor]:
         """Return v / (E[g^2] + λ) by parameter."""
-        return {name: directions[name] * self._inverses[name] for name in self.squares}
+        return {
+            name: directions[name] * self._inverses[name].reshape(directions[name].shape[1:])
+            for name in self.squares
+        }
 
     @cached_property
-    def _inverses(self) -> dict[str, Float[Tensor, "..."]]:
+    def _inverses(self) -> dict[str, Float[Tensor, "r c"]]:
         found: dict[str, Tensor] = {}
         for layer in self.layers.values():
             names = [name for name in layer.names if name in self.squares]
