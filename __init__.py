@@ -15,10 +15,13 @@ _HOME = {
     "Signal": "curate.scorers.protocol",
     "Selector": "curate.selectors.protocol",
     "Task": "curate.pipeline.tasks.task",
+    "build_index": "curate.pipeline.stores.index",
     "evaluate": "curate.pipeline.evaluation.evaluate",
     "export": "curate.pipeline.exporting.export",
     "load_manifest": "curate.pipeline.manifests.loader",
     "open_corpus": "curate.pipeline.reading.corpus",
+    "open_index": "curate.pipeline.stores.index",
+    "open_store": "curate.pipeline.stores.store",
     "score": "curate.pipeline.scoring.score",
     "select": "curate.pipeline.manifests.select",
     "signals": "curate.scorers.signals",
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from curate.pipeline.manifests.select import select as select
     from curate.pipeline.reading.corpus import open_corpus as open_corpus
     from curate.pipeline.scoring.score import score as score
+    from curate.pipeline.stores.index import build_index as build_index
+    from curate.pipeline.stores.index import open_index as open_index
+    from curate.pipeline.stores.store import open_store as open_store
     from curate.pipeline.tasks.task import Task as Task
     from curate.pipeline.training.train import train as train
     from curate.scorers.protocol import Batch as Batch

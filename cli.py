@@ -310,6 +310,45 @@ app.command(name="plan", help="Say what `curate score` would run: rows, units an
 
 
 @app.command()
+def index(
+    scores: Annotated[str, typer.Argument(help="Score folder.")] = "run/scores",
+    store: Annotated[
+        Literal["sketch", "embedding", "probs"], typer.Option(help="Vectors to index.")
+    ] = "embedding",
+    similarity: Annotated[
+        Literal["cosine", "dot", "euclidean"], typer.Option(help="How vectors are compared.")
+    ] = "cosine",
+    kind: Annotated[
+        Literal["auto", "flat", "ivfpq"],
+        typer.Option(help="flat is exact; auto is flat while it fits in memory."),
+    ] = "auto",
+    memory: Annotated[float, typer.Option(help="GiB that auto may take.")] = 4.0,
+    near: Annotated[str | None, typer.Option(help="SHARD:ROW whose nearest rows to show.")] = None,
+    neighbors: Annotated[int, typer.Option("-k", "--neighbors", help="How many to show.")] = 10,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Index stored vectors for nearest-neighbour search; show a row's neighbours."""
+    _talk(verbose)
+    from curate.pipeline.reporting.listing import format_text
+    from curate.pipeline.stores.index import build_index
+    from curate.pipeline.stores.retrieval import index_summary
+
+    made = build_index(
+        scores,
+        store,
+        similarity=similarity,
+        kind=kind,
+        seed=seed,
+        memory=int(memory * 2**30),
+        overwrite=overwrite,
+    )
+    _print(index_summary(made, near, neighbors), as_json, format_text)
+
+
+@app.command()
 def select(
     scores: Annotated[str, typer.Argument(help="Score folder.")] = "run/scores",
     by: Annotated[

@@ -66,6 +66,107 @@ class Neighbors:
         return np.asarray(vectors / np.where(norms > 0, norms, 1))
 
 
+class VectorIndex:
+    """An index of many vectors with numbers of their own, which is kept in a file.
+
+    `flat` is exact and takes 4·D bytes a vector. `ivfpq` keeps codes of a few bytes in lists of
+    neighbouring vectors and looks into some of the lists: similarities are estimates, and near
+    vectors may be missed. It is trained on a sample first; the same sample, seed and machine give
+    the same index. `dot` ranks the largest first, `euclidean` the smallest distance.
+
+    Raises:
+        ValueError: vectors of another dimension.
+        RuntimeError: FAISS is not installed.
+    """
+
+    def __init__(self, index: Any, metric: Metric) -> None:
+        self._index, self.metric = index, metric
+
+    @classmethod
+    def flat(cls, dimension: int, metric: Metric) -> "VectorIndex":
+        """Return an empty exact index."""
+        faiss = _faiss()
+        kind = faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP
+        return cls(faiss.IndexIDMap2(kind(dimension)), metric)
+
+    @classmethod
+    def ivfpq(
+        cls,
+        sample: Float32[np.ndarray, "n d"],
+        metric: Metric,
+        *,
+        lists: int,
+        codes: int,
+        seed: int,
+    ) -> "VectorIndex":
+        """Return an empty index trained on a sample: `lists` cells, `codes` bytes a vector.
+
+        A sixteenth of the cells is searched, 8 at least.
+        """
+        faiss = _faiss()
+        is_l2 = metric == "euclidean"
+        dimension = sample.shape[1]
+        cells = (faiss.IndexFlatL2 if is_l2 else faiss.IndexFlatIP)(dimension)
+        bits = min(8, int(np.log2(len(sample))))  # as many codewords as there are samples, at most
+        kind = faiss.METRIC_L2 if is_l2 else faiss.METRIC_INNER_PRODUCT
+        index = faiss.IndexIVFPQ(cells, dimension, lists, codes, bits, kind)
+        index.cp.seed = index.pq.cp.seed = seed % (1 << 31)
+        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
+        index.train(np.ascontiguousarray(sample, dtype=np.float32))
+        index.nprobe = min(lists, max(8, lists // 16))
+        return cls(index, metric)
+
+    @classmethod
+    def read(cls, path: str, metric: Metric) -> "VectorIndex":
+        """Return the index in a file.
+
+        Raises:
+            ValueError: the file is no index, or damaged.
+        """
+        try:
+            return cls(_faiss().read_index(path), metric)
+        except RuntimeError as damaged:
+            said = str(damaged).partition("\n")[0][:120]
+            raise ValueError(f"{path} is no index, or damaged ({said})") from None
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return int(self._index.d)
+
+    def add(self, vectors: Float32[np.ndarray, "n d"], numbers: Int64[np.ndarray, " n"]) -> None:
+        """Add vectors under these numbers."""
+        self._index.add_with_ids(np.ascontiguousarray(vectors, dtype=np.float32), numbers)
+
+    def write(self, path: str) -> None:
+        """Write the index to a file."""
+        _faiss().write_index(self._index, path)
+
+    def search(
+        self, queries: Float32[np.ndarray, "q d"], k: int
+    ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+        """Return similarities (or distances, not squared) and numbers of the k nearest, best first.
+
+        Where fewer were found (`ivfpq`) the rest has the number -1.
+
+        Raises:
+            ValueError: queries of another dimension or with NaN, or `k` below 1.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
+            raise ValueError(f"queries of shape {queries.shape}; expected [n, {self.dimension}]")
+        if k < 1:
+            raise ValueError(f"k={k} neighbours; choose 1 or more")
+        if not np.isfinite(queries).all():
+            raise ValueError("queries hold NaN or infinity; leave such rows out first")
+        values, numbers = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
+        if self.metric == "euclidean":
+            values = np.sqrt(np.maximum(values, 0))
+        return values, numbers
+
+
 def strongest(
     queries: Float32[np.ndarray, "q d"], blocks: Iterable[np.ndarray], k: int
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:

@@ -22,6 +22,7 @@ from curate.pipeline.reporting.status import status as status
 from curate.pipeline.reporting.summary import ColumnSummary, summarize
 from curate.pipeline.reporting.verify import verify as verify
 from curate.pipeline.scoring.score_table import SUCCESS, ScoreTable
+from curate.pipeline.stores.describe import describe_stores
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.tasks.registry import guess_task, task_from_description
 from curate.scorers.engine import Engine
@@ -144,6 +145,7 @@ def inspect_scores(path: str | Path) -> dict[str, Any]:
         "checkpoints": len(table.meta["checkpoints"]),
         "columns": {field.name: str(field.type) for field in table.schema},
         "quantiles_from": "all rows" if summary.is_exact else "a uniform sample of rows",
+        **describe_stores(table),
         "scores": {n: _spread(c) for n, c in summary.columns.items()},
         "directions": {n: _direction(spec) for n, spec in table.scorers.items()},
         "aggregates": [

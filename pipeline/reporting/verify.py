@@ -25,6 +25,7 @@ from curate.pipeline.scoring.score_table import (
 )
 from curate.pipeline.scoring.target_gradients import FOLDER as TARGET_FOLDER
 from curate.pipeline.scoring.target_gradients import read_gradients
+from curate.pipeline.stores.describe import store_checks
 from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 
@@ -57,9 +58,10 @@ class Findings:
 def verify(path: str | Path) -> dict[str, Any]:
     """Return `{checked, problems}` after recomputing every digest of what `path` holds.
 
-    Score table: each part against the recorded digest, its receipt and row count, the corpus by
-    sha256 where that was recorded, the checkpoints. Manifest: its parts and the corpus. Export: its
-    files. Run: all of them but exports. Checkpoints and corpora: that every file can be read whole.
+    Score table: each part against the recorded digest, its receipt and row count, stores and their
+    indexes, the corpus by sha256 where that was recorded, the checkpoints. Manifest: its parts and
+    the corpus. Export: its files. Run: all of them but exports. Checkpoints and corpora: that every
+    file can be read whole.
 
     Raises:
         ValueError: there is nothing at `path` to verify.
@@ -109,6 +111,8 @@ def _verify_scores(table: ScoreTable, findings: Findings) -> None:
         recorded |= {int(i): s["sha256"] for i, s in shards.items() if "sha256" in s}
     if len(sums) == table.success["units"]:
         findings.check(f"{table.path} digest over the parts", _parts, table, sums)
+    for what, compare in store_checks(table):
+        findings.check(what, compare)
     _verify_corpus_of(table.corpus, recorded, findings)
     if table.meta["target"] is not None:
         _verify_corpus_of(table.meta["target"], {}, findings)

@@ -83,7 +83,7 @@ class StoreFile:
         """
         with self._explained():
             self._writer.close()
-            self._sink.sync()
+            self._sink.end()  # before it has a name: nothing may be added to it after
             digest = sha256(self._path)
             if digest != self._sink.digest:
                 raise OSError(errno.EIO, f"{self._path} does not hold what was written to it")
@@ -96,8 +96,6 @@ class StoreFile:
 
     def close(self) -> None:
         """Let go of what was not committed."""
-        with contextlib.suppress(Exception):  # a writer that failed cannot be closed well
-            self._writer.close()
         self._sink.file.close()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
@@ -148,8 +146,10 @@ class _Hashing:
     def tell(self) -> int:
         return self.file.tell()
 
-    def sync(self) -> None:
+    def end(self) -> None:
+        """Make what was written durable, and take no more."""
         os.fsync(self.file.fileno())
+        self.file.close()
 
     @property
     def digest(self) -> str:
