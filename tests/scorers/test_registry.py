@@ -37,7 +37,7 @@ def test_any_quoted_pattern_survives_the_request(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("el2m", "unknown scorer 'el2m'; choose from: aum, el2n"),
+        ("el2m", "unknown scorer 'el2m'; choose from: angle_concentration, aum"),
         ("grand(parms=1)", "scorer 'grand' has no parameter 'parms'; it takes: params"),
         ("grand(3)", "cannot read '3' in scorer 'grand(3)'; write field=value"),
         ("el2n,el2n", "scorer 'el2n' is asked for twice"),
