@@ -72,9 +72,12 @@ def test_imports_run_downward(room: str) -> None:
 def test_nothing_is_imported_that_only_developers_install() -> None:
     """`make demo` installs without the development tools."""
     project = PROJECT["project"]
+    extras = dict(project["optional-dependencies"])
+    developers = extras.pop("dev")
+    users = [*project["dependencies"], *(r for listed in extras.values() for r in listed)]
     runs, develops = (
         {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in listed}
-        for listed in (project["dependencies"], project["optional-dependencies"]["dev"])
+        for listed in (users, developers)
     )
     files = [ROOT / "cli.py", *(path for room in ROOMS for path in modules(room))]
     imported = {name.split(".")[0] for path in files for name in imports(path)}

@@ -90,6 +90,11 @@ def load_adapted(folder: str, base: str) -> nn.Module:
     import peft
 
     weights, config = _weights(folder), _config(folder)
+    if peft.PeftConfig.from_pretrained(folder).is_prompt_learning:
+        raise ValueError(
+            f"{folder} holds prompts that are put before the input, which are not scored; adapters "
+            "such as LoRA are"
+        )
     name = _CLASSES.get(str(config.get("task_type"))) or architecture_name(base)
     given = {key.removeprefix(_PREFIX) for key in weights}
     classes = _classes(weights)
@@ -102,11 +107,6 @@ def load_adapted(folder: str, base: str) -> nn.Module:
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"adapter {folder} does not fit its base model {base}: {said}") from error
-    if adapted.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{folder} holds prompts that are put before the input, which are not scored; adapters "
-            "such as LoRA are"
-        )
     _refuse_misfit(adapted, weights, folder)
     return adapted
 

@@ -119,11 +119,3 @@ def test_a_checkpoint_names_its_own_classes(
     )
     config = transformers.AutoConfig.from_pretrained(tmp_path / "seed0-step000000")
     assert config.id2label == {0: "x", 1: "y"} and config.label2id == {"x": 0, "y": 1}
-
-
-def test_an_adapter_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / "adapter_config.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "checkpoint-5"):
-        with pytest.raises(ValueError, match="merge"):
-            find_checkpoints(str(path))
