@@ -33,6 +33,7 @@ from curate.pipeline.scoring.target import Given, find_target
 from curate.pipeline.scoring.text_weights import (
     compares_texts_only,
     find_text_target,
+    text_columns,
     text_task,
 )
 from curate.pipeline.scoring.validity import refuse_settings
@@ -43,6 +44,7 @@ from curate.pipeline.scoring.work import (
     needs_checkpoints,
     needs_moments,
     record_signals,
+    text_signals,
 )
 from curate.pipeline.storing.storage import Folder, canonical_json
 from curate.pipeline.tasks.guess import guess_aloud
@@ -116,6 +118,8 @@ def set_up(request: Request) -> Setup:
     request = replace(request, model=_model(request, found))
     task = _task(request, found)
     columns = task.columns(corpus.schema)
+    if text_signals(scorers):
+        text_columns(task, corpus.schema, "the corpus")
     keep = _keep(request.keep, columns.label, corpus.schema)
     description: dict[str, Any] = json.loads(json.dumps(task.describe()))
     if request.unit_rows is not None and request.unit_rows < 1:
