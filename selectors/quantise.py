@@ -61,13 +61,14 @@ def quantise(vectors: Vectors, clusters: int, seed: int, sample: int = SAMPLE) -
         own = np.arange(n, dtype=np.int32)
         return Clusters(matrix(vectors).astype(np.float64), own, np.zeros(n, np.float32), n)
     seen = vectors.take(_sampled(n, min(n, clusters * sample), seed))
-    center = seen.mean(axis=0, dtype=np.float64)
-    centroids = kmeans((seen - center).astype(np.float32), clusters, seed, ITERATIONS)
+    center = seen.mean(axis=0, dtype=np.float64).astype(np.float32)
+    seen -= center
+    centroids = kmeans(seen, clusters, seed, ITERATIONS)
     sample_rows = len(seen)
     del seen
     cluster, distance = _assigned(vectors, centroids, center)
     filled, cluster = np.unique(cluster, return_inverse=True)
-    places = centroids[filled].astype(np.float64) + center
+    places = centroids[filled] + center.astype(np.float64)
     return Clusters(places, cluster.astype(np.int32), distance, sample_rows)
 
 
@@ -84,7 +85,7 @@ def _sampled(n: int, count: int, seed: int) -> Int64[ndarray, " s"]:
 
 
 def _assigned(
-    vectors: Vectors, centroids: Float32[ndarray, "k d"], center: Float64[ndarray, " d"]
+    vectors: Vectors, centroids: Float32[ndarray, "k d"], center: Float32[ndarray, " d"]
 ) -> tuple[Int32[ndarray, " n"], Float32[ndarray, " n"]]:
     """Return the number of each row's nearest centroid and the distance to it."""
     index = Neighbors(centroids.shape[1], "euclidean")
@@ -93,7 +94,7 @@ def _assigned(
     distance = np.empty(vectors.rows, dtype=np.float32)
     at = 0
     for block in _even_blocks(vectors):
-        moved = (block - center).astype(np.float32)
+        moved = block - center
         nearest = index.search(moved, 1)[1][:, 0]
         moved -= centroids[nearest]
         stop = at + len(block)
