@@ -37,7 +37,7 @@ GROUP_COLUMNS = ("label", "group", "class", "domain", "language", "lang", "sourc
 """Columns whose values are counted without being asked for, the first one there is."""
 
 _NOT_PARAMS = ("by", "direction", "carry", "ranked")
-_NO_BUDGET = ("threshold", "semdedup", "gio")
+_NO_BUDGET = ("threshold", "semdedup", "exact", "gio")
 """Methods with a limit of their own; for them a budget is a bound."""
 
 

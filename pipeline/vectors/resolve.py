@@ -8,13 +8,14 @@ import pyarrow as pa
 
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.vectors.column import Column
+from curate.pipeline.vectors.hashed import Hashed
 from curate.pipeline.vectors.npy import NpyFile
 from curate.pipeline.vectors.source import Source, Wanted
 from curate.pipeline.vectors.stored import Stored, is_store
 from curate.selectors.protocol import Selector, Table
 from curate.selectors.vectors import Vectors
 
-SOURCES = "embedding, sketch, column:NAME, FILE.npy or encoder:FOLDER"
+SOURCES = "embedding, sketch, column:NAME, FILE.npy, encoder:FOLDER or hash:NAME"
 
 
 class TableWithVectors:
@@ -50,6 +51,20 @@ class TableWithVectors:
                 f"--vectors {self.vectors.dimension}; both must come from the same encoder"
             )
         return target
+
+    def target_values(self, column: str) -> pa.Array:
+        """Return a column of the target's rows, in the order of its vectors.
+
+        Raises:
+            ValueError: the target corpus is not known, or has no such column.
+        """
+        assert self._target is not None, "there is a target"
+        wanted = self._target.wanted
+        if column not in wanted.corpus.schema.names:
+            have = ", ".join(wanted.corpus.schema.names)
+            raise ValueError(f"the target {wanted.corpus.uri} has no column {column!r}; it has: {have}")
+        parts = [batch.column(0) for batch in wanted.batches([column])]
+        return pa.chunked_array(parts, wanted.corpus.schema.field(column).type).combine_chunks()
 
 
 def with_vectors(
@@ -110,6 +125,8 @@ def find_source(text: str, wanted: Wanted) -> Source:
     kind, colon, name = text.partition(":")
     if colon and kind == "column":
         return Column(name, wanted)
+    if colon and kind == "hash":
+        return Hashed(name, wanted)
     if colon and kind == "encoder":
         from curate.pipeline.vectors.encoder import Encoder  # brings torch
 

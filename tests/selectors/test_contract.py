@@ -25,7 +25,8 @@ def make(name):
     wanted = {f for f in selector_fields(name)} & REQUIRED.keys()
     if name != "balanced":
         wanted -= {"by_group"}
-    return make_selector(name, **{field: REQUIRED[field] for field in wanted})
+    more = {"epsilon": 0} if name == "semdedup" else {}  # without one it removes near duplicates
+    return make_selector(name, **{field: REQUIRED[field] for field in wanted}, **more)
 
 
 @pytest.fixture
