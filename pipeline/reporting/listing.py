@@ -14,7 +14,8 @@ def format_text(found: Mapping[str, Any]) -> str:
     table (a dict of dicts or a list of dicts) and each value too long for a line.
 
     `kind` and `path` make the first line; empty values are left out. A list of more than LINES
-    entries is cut, and says so: JSON has it all.
+    entries is cut, and says so: JSON has it all. Named entries with sentences in them are told one
+    by one, in full.
     """
     rest = {k: v for k, v in found.items() if k not in ("kind", "path") and not _is_empty(v)}
     head = " ".join(str(found[key]) for key in ("kind", "path") if key in found)
@@ -24,7 +25,10 @@ def format_text(found: Mapping[str, Any]) -> str:
         blocks.append("\n".join(_pairs({_words(k): v for k, v in short.items()})))
     for name, value in rest.items():
         if name not in short:
-            blocks.append("\n".join([_words(name), *_limited(_block(value))]))
+            lines = _block(value)
+            blocks.append(
+                "\n".join([_words(name), *(lines if _is_told(value) else _limited(lines))])
+            )
     return "\n\n".join(blocks) if len(blocks) > 2 else "\n".join(blocks)
 
 
@@ -47,6 +51,8 @@ def text(value: Any) -> str:
 
 
 def _block(value: Any) -> list[str]:
+    if _is_told(value):
+        return [line for k, v in value.items() for line in (f"  {k}", *_indented(_entry(v)))]
     if _is_table(value):
         return _table(value)
     if isinstance(value, Mapping):
@@ -107,6 +113,23 @@ def _is_table(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(v, Mapping) for v in value)
     )
+
+
+def _is_told(value: Any) -> bool:
+    """Return whether these are named entries with sentences in them, which are not to be cut."""
+    return (
+        _is_table(value)
+        and isinstance(value, Mapping)
+        and any(_cell(v) != text(v) for entry in value.values() for v in entry.values())
+    )
+
+
+def _entry(value: Mapping[str, Any]) -> list[str]:
+    return _pairs({_words(k): v for k, v in value.items() if not _is_empty(v)})
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _is_empty(value: Any) -> bool:
