@@ -25,6 +25,7 @@ SELECTORS = {
     "glister": "curate.selectors.glister:Glister",
     "gradmatch": "curate.selectors.gradmatch:GradMatch",
     "greedy_alignment": "curate.selectors.greedy_alignment:GreedyAlignment",
+    "gsr": "curate.selectors.gsr:Gsr",
     "gumbel": "curate.selectors.gumbel:Gumbel",
     "herding": "curate.selectors.herding:Herding",
     "importance": "curate.selectors.importance:Importance",

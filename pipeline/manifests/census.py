@@ -86,6 +86,10 @@ class Census:
         """The target's vectors; AttributeError for a table without vectors."""
         return self._table.target  # type: ignore[attr-defined]
 
+    def target_values(self, column: str) -> Any:
+        """A column of the target's rows; AttributeError for a table without vectors."""
+        return self._table.target_values(column)  # type: ignore[attr-defined]
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are counted."""

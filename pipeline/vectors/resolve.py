@@ -62,7 +62,9 @@ class TableWithVectors:
         wanted = self._target.wanted
         if column not in wanted.corpus.schema.names:
             have = ", ".join(wanted.corpus.schema.names)
-            raise ValueError(f"the target {wanted.corpus.uri} has no column {column!r}; it has: {have}")
+            raise ValueError(
+                f"the target {wanted.corpus.uri} has no column {column!r}; it has: {have}"
+            )
         parts = [batch.column(0) for batch in wanted.batches([column])]
         return pa.chunked_array(parts, wanted.corpus.schema.field(column).type).combine_chunks()
 

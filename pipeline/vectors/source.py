@@ -17,6 +17,11 @@ class Source(Protocol):
     """Vectors with where they are from. Made without reading them; `read` does."""
 
     @property
+    def wanted(self) -> "Wanted":
+        """The rows that they belong to."""
+        ...
+
+    @property
     def content(self) -> dict[str, Any]:
         """What the manifest says of them: `source`, `digest` and what else decides them."""
         ...

@@ -15,6 +15,8 @@ from curate.selectors.vectors import ArrayVectors
 
 REQUIRED = {
     "by": "score",
+    "label": "label",
+    "group": "group",
     "by_group": "label",
     "direction": "low",
     "at_least": -10.0,
@@ -37,6 +39,8 @@ def table(make_table):
     made = make_table(scores, errors=[1, 50], label=pa.array(generator.integers(0, 3, 95)))
     made.vectors = ArrayVectors(np.abs(generator.normal(size=(95, 4))))
     made.target = ArrayVectors(np.abs(generator.normal(size=(9, 4))))
+    classes = pa.array(np.arange(9) % 3)
+    made.target_values = {"label": classes, "group": classes}.__getitem__
     return made
 
 
