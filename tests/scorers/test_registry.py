@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.scorers.grand import GraNd
-from curate.scorers.protocol import TARGET_KINDS, Direction, Scorer, Signal
+from curate.scorers.protocol import REFERENCE_KINDS, TARGET_KINDS, Direction, Scorer, Signal
 from curate.scorers.registry import (
     SCORERS,
     make_scorers,
@@ -79,10 +79,13 @@ class Twice:
 
 
 def drawn(scorer: Scorer, checkpoints: int, rows: int) -> dict[Signal, torch.Tensor]:
-    """Return signals in [0, 1], of two groups where rows are compared with a target."""
+    """Return signals in [0, 1], of two groups or references where rows are compared."""
     return {
         s: torch.rand(
-            checkpoints, rows, *([2] if s.kind in TARGET_KINDS else []), dtype=torch.double
+            checkpoints,
+            rows,
+            *([2] if s.kind in TARGET_KINDS | REFERENCE_KINDS else []),
+            dtype=torch.double,
         )
         for s in scorer.needs
     }
