@@ -21,7 +21,8 @@ class EL2N:
     direction: ClassVar[Direction] = Direction(
         high_means="hard, then noisy",
         keep="high",
-        source="Paul et al. 2021: keep high early in training; with noisy labels drop the very top",
+        source="Paul et al. 2021: keep high early in training; with noisy labels, and for language "
+        "(Fayyaz et al. 2022), drop the very top first",
         valid="after some training: epoch 1 or later (Fayyaz et al. 2022), never at initialisation",
         asks=("one_epoch",),
     )
