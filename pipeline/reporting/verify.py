@@ -11,6 +11,7 @@ from curate.pipeline.exporting.export import read_success, verify_export
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.manifests.mixed_corpus import open_described
 from curate.pipeline.models.checkpoint import find_checkpoints, load_model, read_checkpoint
+from curate.pipeline.models.moments import moments_digest
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.reporting.layout import Kind, kind_of
 from curate.pipeline.reporting.run_folder import RunFolder
@@ -122,6 +123,9 @@ def _verify_scores(table: ScoreTable, findings: Findings) -> None:
         findings.check(f"{table.path}/{name}", _factors, table, name)
     for entry in table.meta["checkpoints"]:
         findings.check(f"checkpoint {entry['path']}", _checkpoint, entry)
+    moments = table.meta["config"].get("moments", [])
+    for entry, digest in zip(table.meta["checkpoints"], moments, strict=bool(moments)):
+        findings.check(f"moments of {entry['path']}", _moments, entry, digest)
 
 
 def _part(table: ScoreTable, name: str, unit: int, sums: dict[str, str]) -> str | None:
@@ -143,6 +147,12 @@ def _parts(table: ScoreTable, sums: dict[str, str]) -> str | None:
     if digest_of_parts(sums) == table.success["digest"]:
         return None
     return f"the parts of {table.path} do not give the digest in {SUCCESS}"
+
+
+def _moments(entry: dict[str, Any], digest: str) -> str | None:
+    if moments_digest(entry["path"]) == digest:
+        return None
+    return f"the moments of checkpoint {entry['path']} changed since scoring"
 
 
 def _target_gradients(table: ScoreTable, name: str) -> None:

@@ -177,6 +177,7 @@ class TestScoring:
                 assert found["loss_by_checkpoint"][row][k] == pytest.approx(loss, rel=1e-4)
                 assert found["grand_by_checkpoint"][row][k] == pytest.approx(norm, rel=1e-4)
 
+    @pytest.mark.slow
     def test_a_base_too_large_to_hold_twice_takes_the_adapters_in_turn(
         self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -186,6 +187,7 @@ class TestScoring:
         for name in ("loss", "grand"):
             np.testing.assert_array_equal(plain[name], swapped[name])
 
+    @pytest.mark.slow
     def test_the_base_counts_by_its_weights_not_by_its_place(
         self, run: Path, tmp_path: Path
     ) -> None:
