@@ -111,6 +111,7 @@ SignalKind = Literal[
     "forgetting",  # from training records: events per run
     "aum",  # from training records: area under the margin
     "text_weight",  # from the row's text: log of how much likelier its n-grams are in the target
+    "accepted_step",  # from the vectors of all rows: the step at which a search took the row
 ]
 RECORD_KINDS = frozenset({"forgetting", "aum"})
 """Signals that training wrote down (`records.parquet`); no pass over the model computes them."""
@@ -120,6 +121,8 @@ SPREAD_KINDS = LOGIT_SPREAD_KINDS | GRADIENT_SPREAD_KINDS
 """Signals made of all checkpoints of a run; no checkpoint has a value of its own."""
 TEXT_KINDS: frozenset[SignalKind] = frozenset({"text_weight"})
 """Signals read from the row's text; they need no model and no checkpoint."""
+TABLE_KINDS: frozenset[SignalKind] = frozenset({"accepted_step"})
+"""Signals made of all rows of the table together, in a last step; until then they are NaN."""
 ANGLE_KINDS = frozenset({"angle_paper", "angle_pairs", "angle_code", "angle_prompt"})
 """Signals of the angles between hidden states; `params` names the layer they go into."""
 REFERENCE_KINDS = frozenset({"reference_loss", "null_loss"})

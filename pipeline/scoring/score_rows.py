@@ -22,10 +22,11 @@ from curate.pipeline.scoring.work import (
     learning_rate_weights,
     reads_model,
     record_signals,
+    table_signals,
     text_signals,
 )
 from curate.pipeline.training.records import read_records
-from curate.scorers.protocol import GROUP_KINDS, RECORD_KINDS, SPREAD_KINDS, TEXT_KINDS, Signal
+from curate.scorers.protocol import GROUP_KINDS, RECORD_KINDS, SPREAD_KINDS, Signal
 
 Records = dict[int, dict[Signal, np.ndarray]]
 """Seed -> signal -> float64 value of each row; NaN where training did not see the row."""
@@ -41,15 +42,16 @@ class Reduction:
             seed: torch.from_numpy(learning_rate_weights([work.checkpoints[k] for k in indices]))
             for seed, indices in work.runs.items()
         }
-        self.records = sorted(record_signals(self.scorers) | text_signals(self.scorers))
+        later = text_signals(self.scorers) | table_signals(self.scorers)
+        self.records = sorted(record_signals(self.scorers) | later)
 
     def read_records(self, unit: Unit) -> Records:
-        """Return what training recorded of the unit's rows, and room for what texts tell."""
+        """Return what training recorded of the unit's rows, and room for what comes later."""
+        recorded = [s for s in self.records if s.kind in RECORD_KINDS]
         found: Records = {
-            seed: {s: np.full(unit.rows, np.nan) for s in self.records if s.kind in TEXT_KINDS}
+            seed: {s: np.full(unit.rows, np.nan) for s in self.records if s not in recorded}
             for seed in self.work.runs
         }
-        recorded = [s for s in self.records if s.kind in RECORD_KINDS]
         if self.work.records is None or not recorded:
             return found
         spans = [read_records(self.work.records, s.shard, s.start, s.rows) for s in unit.spans]

@@ -22,6 +22,7 @@ from curate.scorers.protocol import (
     GROUP_KINDS,
     RECORD_KINDS,
     SPREAD_KINDS,
+    TABLE_KINDS,
     TEXT_KINDS,
     Scorer,
     Signal,
@@ -95,7 +96,7 @@ class Work:
     @property
     def parts(self) -> str:
         """Where units are committed: the table itself, unless a last step makes it of them."""
-        return join(self.out, RAW) if self.standardised else self.out
+        return join(self.out, RAW) if self.standardised or table_signals(self.made) else self.out
 
     @cached_property
     def columns(self) -> list[str]:
@@ -134,7 +135,7 @@ class Work:
 
 def model_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
     """Return what one pass over the model must give: the union of all needs, and the loss."""
-    apart = RECORD_KINDS | TEXT_KINDS
+    apart = RECORD_KINDS | TEXT_KINDS | TABLE_KINDS
     needs = {s for scorer in scorers.values() for s in scorer.needs if s.kind not in apart}
     return frozenset(needs | {Signal("loss")}) if needs else frozenset()
 
@@ -149,9 +150,15 @@ def text_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
     return frozenset(s for c in scorers.values() for s in c.needs if s.kind in TEXT_KINDS)
 
 
+def table_signals(scorers: Mapping[str, Scorer]) -> frozenset[Signal]:
+    """Return what is made of all rows of the table in a last step."""
+    return frozenset(s for c in scorers.values() for s in c.needs if s.kind in TABLE_KINDS)
+
+
 def needs_checkpoints(scorers: Mapping[str, Scorer]) -> bool:
     """Tell whether a scorer needs a model, or the records of one that was trained."""
-    return any(s.kind not in TEXT_KINDS for scorer in scorers.values() for s in scorer.needs)
+    apart = TEXT_KINDS | TABLE_KINDS
+    return any(s.kind not in apart for scorer in scorers.values() for s in scorer.needs)
 
 
 def needs_moments(scorers: Mapping[str, Scorer]) -> bool:
@@ -163,7 +170,8 @@ def has_checkpoints(scorer: Scorer) -> bool:
     """Tell whether the scorer has a value at each checkpoint, rather than one per run."""
     if getattr(scorer, "is_of_run", False):
         return False
-    return not any(s.kind in RECORD_KINDS | SPREAD_KINDS | TEXT_KINDS for s in scorer.needs)
+    of_run = RECORD_KINDS | SPREAD_KINDS | TEXT_KINDS | TABLE_KINDS
+    return not any(s.kind in of_run for s in scorer.needs)
 
 
 def has_groups(scorer: Scorer) -> bool:
@@ -173,7 +181,7 @@ def has_groups(scorer: Scorer) -> bool:
 
 def reads_model(scorer: Scorer) -> bool:
     """Tell whether the scorer's value comes from passes over the model alone."""
-    return not any(s.kind in RECORD_KINDS | TEXT_KINDS for s in scorer.needs)
+    return not any(s.kind in RECORD_KINDS | TEXT_KINDS | TABLE_KINDS for s in scorer.needs)
 
 
 def learning_rate_weights(checkpoints: tuple[Checkpoint, ...] | list[Checkpoint]) -> np.ndarray:
