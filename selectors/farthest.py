@@ -16,6 +16,8 @@ from curate.selectors.vectors import Vectors
 Metric = Literal["cosine", "euclidean"]
 BLOCK_ROWS = 1024
 CENTRES = 1024  # compared with a block at once
+EQUAL = 1e-14
+"""Squared distance, over the squared length, of rows that float32 hardly tells apart."""
 _PICKED = -1.0  # in the place of the squared distance of a row that is a centre
 
 
@@ -121,8 +123,9 @@ class FarthestFirst:
             squares_mb = c_md @ x_bd.T
             squares_mb *= -2 if scale_b is None else -2 * scale_b
             squares_mb += np.einsum("md,md->m", c_md, c_md)[:, None]
-            closest_b = np.maximum(squares_mb.min(axis=0) + own_b, 0).astype(np.float32)
-            nearest_b = np.minimum(nearest_b, closest_b)
+            closest_b = squares_mb.min(axis=0) + own_b
+            closest_b[closest_b <= EQUAL * own_b] = 0
+            nearest_b = np.minimum(nearest_b, closest_b.astype(np.float32))
         self._squares[rows] = nearest_b
         self._seen[block] = len(centres)
 
