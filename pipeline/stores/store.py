@@ -72,7 +72,7 @@ def open_store(
 class Store:
     """Rows of vectors in the order of the score table, of any number; memory is one block's.
 
-    `parts` are file and rows of each unit in order; a unit without a file has no vectors.
+    `parts` are file and rows of each unit in order, from 0 on; a unit without a file has no vectors.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Store:
         if part not in self._open:
             name, rows = self._parts[part]
             assert name is not None, "a unit without vectors has no file"
-            file = _File(self.folder, name, rows, self.run)
+            file = _File(self.folder, name, part, rows, self.run)
             if self._open and file.layout != self.layout:
                 raise ValueError(f"{self.folder.full_name(name)} is laid out unlike the others")
             self._open[part] = file
@@ -191,7 +191,7 @@ class Store:
 class _File:
     """One unit's file, memory-mapped where it is local."""
 
-    def __init__(self, folder: Folder, name: str, rows: int, run: str) -> None:
+    def __init__(self, folder: Folder, name: str, unit: int, rows: int, run: str) -> None:
         full, path = folder.full_name(name), folder.local_path(name)
         try:
             source = (
@@ -210,8 +210,8 @@ class _File:
         schema = self._reader.schema
         self.layout = Layout.from_schema(schema, full)
         receipt: dict[str, Any] = json.loads(schema.metadata.get(RECEIPT, b"{}"))
-        if receipt.get("run") != run:
-            raise ValueError(f"{full} belongs to another run; score with --overwrite")
+        if receipt.get("run") != run or receipt.get("unit") != unit:
+            raise ValueError(f"{full} belongs to another run or unit; score with --overwrite")
         if sum(lengths) != rows:
             raise ValueError(f"{full} has {sum(lengths)} rows, the plan says {rows}")
         self.edges = np.cumsum([0, *lengths])

@@ -88,6 +88,7 @@ def test_inner_products_estimate_those_of_gradients(points: Any) -> None:
     assert np.abs(np.diag(error)).max() <= 1e-5  # of length 1 by themselves
 
 
+@pytest.mark.slow
 def test_two_sided_errors_stay_within_the_stated_bound(points: Any) -> None:
     k = 8
     exact = nn.functional.normalize(points.gradients(points.models()[0])).numpy()
