@@ -17,6 +17,7 @@ REQUIRED = {
     "by": "score",
     "label": "label",
     "group": "group",
+    "transition": (np.full((4, 4), 0.1) + 0.6 * np.eye(4)).tolist(),
     "by_group": "label",
     "direction": "low",
     "at_least": -10.0,
@@ -37,7 +38,7 @@ def table(make_table):
     scores = generator.integers(1, 9, 95).astype(np.float32)
     scores = [None if i in (5, 6) else score for i, score in enumerate(scores.tolist())]
     made = make_table(scores, errors=[1, 50], label=pa.array(generator.integers(0, 3, 95)))
-    made.vectors = ArrayVectors(np.abs(generator.normal(size=(95, 4))))
+    made.vectors = ArrayVectors(generator.dirichlet(np.ones(4), 95))
     made.target = ArrayVectors(np.abs(generator.normal(size=(9, 4))))
     classes = pa.array(np.arange(9) % 3)
     made.target_values = {"label": classes, "group": classes}.__getitem__
