@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.selectors.neighbors import Metric, Neighbors
+from curate.selectors.neighbors import Metric, Neighbors, strongest
 
 pytest.importorskip("faiss")
 
@@ -64,3 +64,23 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(RuntimeError, match="pip install 'curate"):
         Neighbors(3)
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_the_strongest_in_blocks_are_those_of_a_full_sort(seed: int, k: int, step: int) -> None:
+    rng = np.random.default_rng(seed)
+    base = rng.integers(-3, 4, size=(23, 3)).astype(np.float32)  # small integers: many ties
+    queries = rng.integers(-3, 4, size=(4, 3)).astype(np.float32)
+    base[rng.random(23) < 0.2] = np.nan
+    blocks = [base[i : i + step] for i in range(0, 23, step)]
+    values, numbers = strongest(queries, blocks, k)
+    products = np.where(np.isnan(base).any(1), -np.inf, queries @ np.nan_to_num(base).T)
+    want = -np.sort(-products, axis=1)[:, :k]
+    np.testing.assert_array_equal(values, want)
+    found = np.isfinite(values)
+    assert (numbers[~found] == -1).all()
+    for q in range(4):
+        places = numbers[q][found[q]]
+        assert len(set(places)) == len(places)
+        np.testing.assert_array_equal(products[q][places], values[q][found[q]])
