@@ -22,6 +22,7 @@ SCORERS = {
     "el2n_seq": "curate.scorers.el2n_seq:EL2NSeq",
     "entropy": "curate.scorers.entropy:Entropy",
     "forgetting": "curate.scorers.forgetting:Forgetting",
+    "gio": "curate.scorers.gio:GIO",
     "grad_similarity": "curate.scorers.grad_similarity:GradSimilarity",
     "grand": "curate.scorers.grand:GraNd",
     "gsnr": "curate.scorers.gsnr:GSNR",

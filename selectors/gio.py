@@ -35,8 +35,8 @@ class Gio:
     `variant` "official" is the published code (`kl_all_neighbors`, `PublishedStop`), "l-nn" is ours
     (`kl_lth_neighbor`, `MeantStop`). By default the former begins at the "mean" and stops at an
     `increase`, ours begins with a "jump" and has a `sequential_increase_tolerance`. The others are
-    settings of `Objective`, `Descent`, `Limits` and `Start`, named as in the published code; `base` is
-    a column that is true for the rows of the base set, which are never chosen.
+    settings of `Objective`, `Descent`, `Limits` and `Start`, named as in the published code; `base`
+    is a column that is true for the rows of the base set, which are never chosen.
     """
 
     uses_vectors: ClassVar[bool] = True
@@ -153,6 +153,18 @@ class Gio:
             weights, params = times.astype(np.float64), {**params, "weight_kind": "repeat"}
         places = able.places[pool[order]]
         return picked(table, places, weights, np.arange(len(order)), params)
+
+    def searched(
+        self, table: Table, rng: np.random.Generator
+    ) -> tuple[Int64[ndarray, " p"], Outcome]:
+        """Return the places of the pool's rows in the table, and what GIO does without a budget.
+
+        Raises:
+            ValueError: as `select`, but for a search that accepts no row.
+        """
+        able = candidates(table)
+        pool, outcome = self._run(table, able, None, None, rng)
+        return able.places[pool], outcome
 
     def _run(
         self,

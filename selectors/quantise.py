@@ -62,6 +62,7 @@ def quantise(vectors: Vectors, clusters: int, seed: int, sample: int = SAMPLE) -
         return Clusters(matrix(vectors).astype(np.float64), own, np.zeros(n, np.float32), n)
     seen = vectors.take(_sampled(n, min(n, clusters * sample), seed))
     center = seen.mean(axis=0, dtype=np.float64).astype(np.float32)
+    seen = seen if seen.flags.owndata else seen.copy()  # may be a view of the vectors themselves
     seen -= center
     centroids = kmeans(seen, clusters, seed, ITERATIONS)
     sample_rows = len(seen)

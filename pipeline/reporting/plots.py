@@ -146,6 +146,20 @@ def accuracy(bars: Sequence[Bar], metric: str) -> str:
     return _svg(figure, "accuracy")
 
 
+def divergence(trace: Sequence[float], refused: float | None) -> str:
+    """Return a divergence after each accepted step, from the start; a cross is what ended it."""
+    figure, (axes,) = _grid(1, 1, width=6.0, height=2.4)
+    axes.plot(range(len(trace)), trace, color=BLUE, linewidth=1.6)
+    if refused is not None:
+        axes.plot([len(trace)], [refused], color=ORANGE, marker="x", linestyle="none")
+    axes.set_xlabel("rows or clusters accepted")
+    axes.set_ylabel("KL divergence")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return _svg(figure, "divergence")
+
+
 def _grid(down: int, across: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -75,7 +75,22 @@ def selections(run: RunFolder) -> str:
             ]
         )
     head = ["manifest", "selection", "rows", "of the corpus", "weights"]
-    return section("Selections", table(head, rows), _balance(run))
+    return section("Selections", table(head, rows), _traces(run), _balance(run))
+
+
+def _traces(run: RunFolder) -> str:
+    """Return how the divergence from its target went in each selection that records it."""
+    drawn = []
+    for manifest in run.manifests:
+        params = manifest.content["selection"]["params"]
+        trace = params.get("kl_trace")
+        if not trace:
+            continue
+        name = run.manifest_name(manifest)
+        said = f"{name}: KL from the target {trace[0]:.4g} at the start, {trace[-1]:.4g} at the end"
+        why = f"; ended by {params['stopped']}. {params['estimate']}."
+        drawn += [figure(plots.divergence(trace, params.get("kl_refused"))), paragraph(said + why)]
+    return "<h3>Closer to the target, step by step</h3>" + "".join(drawn) if drawn else ""
 
 
 def _balance(run: RunFolder) -> str:

@@ -11,6 +11,7 @@ from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.scoring.aggregate import aggregates
 from curate.pipeline.scoring.attempts import forget_attempts
 from curate.pipeline.scoring.curvature_factors import curvature_notes
+from curate.pipeline.scoring.gio_steps import gio_steps, with_steps
 from curate.pipeline.scoring.score_folder import clear, finish, refuse_foreign, refuse_other_run
 from curate.pipeline.scoring.score_progress import duration
 from curate.pipeline.scoring.score_run import ScoringRun
@@ -317,8 +318,11 @@ def _run(
     if is_step_zero:
         notes["input_norm_correlation"] = input_norm_correlations(work, units)
     lock.check()
-    if work.standardised:
-        notes["standardised"] = standardise(work, units)
+    if work.parts != work.out:
+        steps, found_steps = gio_steps(work, units)
+        means = standardise(work, units, lambda rows, start: with_steps(rows, steps, start))
+        notes |= {"standardised": means} if means else {}
+        notes |= {"gio": found_steps} if found_steps else {}
     if found := aggregates(work, units):
         notes["aggregates"] = found
     if outside:

@@ -20,6 +20,8 @@ from curate.pipeline.models.models import absolute_model, model_args
 from curate.pipeline.models.moments import moments_digest
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.scoring.batch_plan import BatchPlan, window_rows
+from curate.pipeline.scoring.gio_steps import described as described_gio
+from curate.pipeline.scoring.gio_steps import stores_for
 from curate.pipeline.scoring.reference import (
     References,
     check_references,
@@ -44,6 +46,7 @@ from curate.pipeline.scoring.work import (
     needs_checkpoints,
     needs_moments,
     record_signals,
+    table_signals,
     text_signals,
 )
 from curate.pipeline.storing.storage import Folder, canonical_json
@@ -108,6 +111,7 @@ def set_up(request: Request) -> Setup:
     corpus = request.corpus
     has_stores = bool(request.store or request.sketch or request.top_rows is not None)
     scorers = make_scorers(request.scorers) if request.scorers or not has_stores else {}
+    has_stores = has_stores or bool(stores_for(scorers))
     references = last_checkpoints(request.reference)
     scorers = resolved(scorers, references)
     given = request.checkpoints
@@ -124,8 +128,9 @@ def set_up(request: Request) -> Setup:
     description: dict[str, Any] = json.loads(json.dumps(task.describe()))
     if request.unit_rows is not None and request.unit_rows < 1:
         raise ValueError(f"unit_rows must be at least 1, got {request.unit_rows}")
+    asked = [request.store] if isinstance(request.store, str) else request.store or []
     stores = plan_stores(
-        request.store,
+        [*asked, *stores_for(scorers)],
         request.sketch,
         request.top_rows,
         request.similarity,
@@ -137,6 +142,7 @@ def set_up(request: Request) -> Setup:
             "--keep-groups keeps what each group of a target gives: ask for a scorer that "
             "compares rows with one, such as grad_similarity"
         )
+    takes_target = stores is not None or bool(table_signals(scorers))
     work = Work(
         run="",
         out=Folder(request.out).uri,
@@ -156,7 +162,7 @@ def set_up(request: Request) -> Setup:
         records=_records(request, found, scorers),
         target=find_text_target(request.target, request.target_group, task, scorers)
         if compares_texts_only(scorers) and stores is None
-        else find_target(request.target, request.target_group, task, scorers, stores is not None),
+        else find_target(request.target, request.target_group, task, scorers, takes_target),
         stores=stores,
         reference=check_references(references, scorers, found, description, corpus),
     )
@@ -324,6 +330,8 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
         config["keep_groups"] = True
     if work.stores is not None:
         config["stores"] = work.stores.config()
+    if vectors := described_gio(work):
+        config["gio"] = vectors
     if needs_moments(work.made):
         config["moments"] = [moments_digest(c.path) for c in work.checkpoints]
     return config

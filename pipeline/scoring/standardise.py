@@ -10,7 +10,7 @@ Shapes: N rows of a record batch, G labels so far.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +36,15 @@ ALIKE = 1e-6
 """Values whose deviation is below this share of their mean differ by float32's rounding alone."""
 
 
-def standardise(work: Work, units: Sequence[Unit]) -> dict[str, Any]:
+def standardise(
+    work: Work,
+    units: Sequence[Unit],
+    others: Callable[[pa.Table, int], pa.Table] = lambda table, start: table,
+) -> dict[str, Any]:
     """Write the table's parts from the raw ones; return each scorer's means and deviations.
 
     (v - mean) / sd, divisor n, among the rows of one label or all rows; 0 where all are alike.
+    `others` puts columns of other last steps into a unit's rows, of which it is told the first.
     """
     raw, folder = Folder(work.parts), Folder(work.out)
     groups = {alias: _Groups(work, alias) for alias in work.standardised}
@@ -47,14 +52,14 @@ def standardise(work: Work, units: Sequence[Unit]) -> dict[str, Any]:
         for batch in _batches(raw, unit):
             for group in groups.values():
                 group.add(batch)
-    for unit in units:
+    for unit, end in zip(units, np.cumsum([unit.rows for unit in units]).tolist(), strict=True):
         if folder.exists(part_name(unit.number)):
             continue
         made = [pa.Table.from_batches([b]) for b in _batches(raw, unit)]
         table = pa.concat_tables(made).combine_chunks()
         for group in groups.values():
             table = group.applied(table, with_std=len(work.runs) > 1)
-        table = table.cast(work.schema)
+        table = others(table, end - unit.rows).cast(work.schema)
         write_part(folder, unit.number, table, read_receipt(raw, unit.number))
     return {alias: group.describe() for alias, group in groups.items()}
 
