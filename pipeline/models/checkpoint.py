@@ -213,7 +213,9 @@ def load_model(checkpoint: Checkpoint, model: str | None = None) -> nn.Module:
     if is_adapter(checkpoint.path):
         base = base_folder([(checkpoint.path, checkpoint.model)], model)
         return load_adapted(checkpoint.path, base).eval()
-    if model is None and (Path(checkpoint.path) / "config.json").is_file():
+    # A factory may have changed what transformers would make of the configuration.
+    has_config = (Path(checkpoint.path) / "config.json").is_file()
+    if model is None and has_config and not is_user_code(checkpoint.model):
         made = architecture(checkpoint.path)
     else:
         made = make_model(model or checkpoint.model, **checkpoint.model_args)

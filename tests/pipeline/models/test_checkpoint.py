@@ -308,6 +308,25 @@ def test_a_users_model_is_remembered_by_file_and_digest(
         load_model(read_checkpoint(saved.path))
 
 
+def test_a_users_changes_to_a_transformer_are_not_lost(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch import nn\n"
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "def make(num_classes):\n"
+        "    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)\n"
+        "    model = BertForSequenceClassification(BertConfig(**small, vocab_size=9))\n"
+        "    model.classifier = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, num_classes))\n"
+        "    return model\n"
+    )
+    spec, args = f"{file}:make", {"num_classes": 3}
+    made = make_model(spec, **args)
+    saved = save(tmp_path / "c" / "s", made, spec=spec, model_args=args)
+    assert Path(saved.path, "config.json").is_file()
+    found = load_model(saved).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in made.state_dict().items())
+
+
 KILLED = """
 import sys, torch
 from curate.pipeline.models.checkpoint import save_checkpoint
