@@ -9,7 +9,7 @@ tell the step's inner products: each row's gradient is made whole, a few rows at
 device.)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,9 @@ class Moments:
     mean: Mapping[str, Tensor]
     square: Mapping[str, Tensor]
     steps: Mapping[str, int]
-    beta1: float
-    beta2: float
-    eps: float
+    beta1: float | int
+    beta2: float | int
+    eps: float | int
 
     def step(self, name: str, grad: Float[Tensor, "b r c"], update: str) -> Float[Tensor, "b r c"]:
         """Return Γ, the direction in which Adam would next move the parameter on each gradient.
@@ -123,14 +123,6 @@ class AdamComparison:
 
     def _direction(self, name: str, like: Tensor) -> Tensor:
         return self.directions[name].to(like.dtype)
-
-
-def zero_moments(
-    params: Iterable[tuple[str, Tensor]], betas: tuple[float, float], eps: float
-) -> Moments:
-    """Return the state of an Adam that has taken no step."""
-    zeros = {name: torch.zeros_like(p) for name, p in params}
-    return Moments(zeros, zeros, dict.fromkeys(zeros, 0), *betas, eps)
 
 
 def _rows(gradient: Gradient) -> int:
