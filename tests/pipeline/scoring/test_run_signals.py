@@ -29,7 +29,7 @@ from curate.pipeline.tasks.registry import make_task
 ROWS, CONTEXT = 21, 8
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
 
