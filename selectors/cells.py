@@ -16,7 +16,7 @@ def cells_of(
     metric: Literal["cosine", "euclidean"],
     seed: int,
     largest: int | None = None,
-) -> list[Int64[ndarray, " m"]]:
+) -> list[Int64[ndarray, " _"]]:
     """Return the row numbers of each cluster of k-means, ascending; about `count`, none empty.
 
     For cosine the vectors are clustered at length 1. A cluster of more than `largest` rows is cut

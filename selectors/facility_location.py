@@ -88,7 +88,7 @@ class FacilityLocation(Divided):
 
     def _cells(
         self, vectors: Vectors, target: Vectors | None, seed: int
-    ) -> list[Int64[ndarray, " m"]]:
+    ) -> list[Int64[ndarray, " _"]]:
         count = self.cells
         if count is None:
             is_exact = target is not None or self.greedy == "stochastic"
@@ -101,7 +101,7 @@ class FacilityLocation(Divided):
         return cells_of(vectors, min(count, vectors.rows), "cosine", seed, CELL_ROWS)
 
 
-def _in_cells(part: Part, cells: list[Int64[ndarray, " m"]]) -> tuple[Int64[ndarray, " k"], float]:
+def _in_cells(part: Part, cells: list[Int64[ndarray, " _"]]) -> tuple[Int64[ndarray, " k"], float]:
     """Return greedy's order where rows of different cells are not similar at all, and F / rows.
 
     What greedy's rows add only falls, in each cell, so greedy over all cells takes the largest of

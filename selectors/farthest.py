@@ -46,7 +46,7 @@ class FarthestFirst:
         *,
         starts: Sequence[int] = (),
         base: Vectors | None = None,
-        cells: Sequence[Int64[ndarray, " m"]] | None = None,
+        cells: Sequence[Int64[ndarray, " _"]] | None = None,
     ) -> None:
         self._vectors, self._metric = vectors, metric
         self._starts = list(enumerate(starts))

@@ -4,13 +4,14 @@ Shapes: N candidates, K picks.
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 
+@runtime_checkable
 class Gains(Protocol):
     """A set function seen from what has been chosen so far; what a row adds never grows."""
 

@@ -68,17 +68,23 @@ def herd(
     """Return rows in the order of herding, and the distance of their mean from `mean`.
 
     It ends before the row that would take the sum of `sizes` over `amount`. With z = x - mean the
-    next row minimises ||z + sum_s z_s||, in float64 and compared in float32, so that equal rows
-    come in order.
+    next row minimises ||z + sum_s z_s||. Products in float32 find the rows that may be it, and
+    float64 decides among them, equal ones in order.
     """
     rest = _Moved(vectors, mean)
-    own = np.concatenate([np.square(block).sum(axis=1) for block in rest.blocks()])
+    own = np.concatenate([_squares(block) for block in rest.blocks()])
+    # What a float32 product of D terms may be off, over both lengths (Higham 2002, section 3.1).
+    slack = 2 * np.sqrt(own) * (vectors.dimension + 2) * 2.0**-23
     order: list[int] = []
     total, is_open = np.zeros(len(mean)), np.ones(vectors.rows, dtype=bool)
     while len(order) < vectors.rows:
-        toward = np.concatenate([block @ total for block in rest.blocks()]) if order else 0.0
-        away = np.where(is_open, (own + 2 * toward).astype(np.float32), np.inf)
-        row = int(np.argmin(away))
+        narrow = total.astype(np.float32)
+        products = np.concatenate([block @ narrow for block in rest.blocks()])
+        away = np.where(is_open, own + 2 * products.astype(np.float64), np.inf)
+        off = slack * np.linalg.norm(total)
+        close = np.flatnonzero(away - off <= (away + off).min())
+        exact = own[close] + 2 * (rest.take(close).astype(np.float64) @ total)
+        row = int(close[np.argmin(exact.astype(np.float32))])
         if sizes[row] > amount:
             break
         amount -= int(sizes[row])
@@ -92,23 +98,31 @@ def herd(
 
 
 class _Moved:
-    """Other vectors less their mean, in float64 a block at a time; few are held in float32."""
+    """Other vectors less their mean, in float32; few are held, others made again when read."""
 
     def __init__(self, whole: Vectors, mean: Float64[ndarray, " d"]) -> None:
         self.rows, self.dimension = whole.rows, whole.dimension
         self._whole, self._mean = whole, mean
+        self._held: Vectors | None = None
         if self.rows * self.dimension * 4 <= SMALL_BYTES:
-            self._whole, self._mean = ArrayVectors(_held(self)), np.zeros(self.dimension)
+            self._held = ArrayVectors(np.concatenate(list(self.blocks())))
 
-    def blocks(self) -> Iterator[Float64[ndarray, "b d"]]:
-        return (block.astype(np.float64) - self._mean for block in self._whole.blocks())
+    def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
+        if self._held is not None:
+            return self._held.blocks()
+        return (self._moved(block) for block in self._whole.blocks())
 
-    def take(self, numbers: Int64[ndarray, " k"]) -> Float64[ndarray, "k d"]:
-        return np.asarray(self._whole.take(numbers).astype(np.float64) - self._mean)
+    def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+        if self._held is not None:
+            return self._held.take(numbers)
+        return self._moved(self._whole.take(numbers))
+
+    def _moved(self, block: Float32[ndarray, "b d"]) -> Float32[ndarray, "b d"]:
+        return np.asarray(block - self._mean, dtype=np.float32)
 
 
-def _held(moved: "_Moved") -> Float32[ndarray, "n d"]:
-    return np.concatenate([block.astype(np.float32) for block in moved.blocks()])
+def _squares(block: Float32[ndarray, "b d"]) -> Float64[ndarray, " b"]:
+    return np.asarray(np.square(block, dtype=np.float64).sum(axis=1))
 
 
 def mean_of(vectors: Vectors) -> Float64[ndarray, " d"]:

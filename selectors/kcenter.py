@@ -85,7 +85,7 @@ class KCenter(Divided):
     def _starts(
         self,
         vectors: Vectors,
-        cells: list[Int64[ndarray, " m"]] | None,
+        cells: list[Int64[ndarray, " _"]] | None,
         rng: np.random.Generator,
     ) -> list[int]:
         """Return the first centre of each cell."""

@@ -15,7 +15,7 @@ BLOCK_ROWS = 2048
 
 
 def similar_before(
-    vectors: Vectors, clusters: Sequence[Int64[ndarray, " m"]]
+    vectors: Vectors, clusters: Sequence[Int64[ndarray, " _"]]
 ) -> Float32[ndarray, " n"]:
     """Return the largest cosine of each row with a row before it in its cluster; -1 for the first.
 

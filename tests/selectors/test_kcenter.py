@@ -175,7 +175,7 @@ class TestSelector:
         assert selection.params["radius"] == pytest.approx(far, rel=1e-6)
 
     def test_each_group_has_its_own_centres(self, table, kept):
-        selector = KCenter(by_group="label", group_shares={"a": 1, "b": 3}, start="mean")
+        selector = KCenter(by_group="label", group_shares={"a": 1.0, "b": 3.0}, start="mean")
         chosen = kept(selector.select(table, Budget("rows", 8), np.random.default_rng(0)))
         assert [(chosen // 20 == g).sum() for g in range(3)] == [6, 2, 0]
         alone = table.points[20:40]
