@@ -36,6 +36,7 @@ SELECTORS = {
     "leverage": "curate.selectors.leverage:Leverage",
     "moderate": "curate.selectors.moderate:Moderate",
     "pa_da": "curate.selectors.pa_da:PaDa",
+    "propagate": "curate.selectors.propagate:Propagate",
     "random": "curate.selectors.random:Random",
     "semdedup": "curate.selectors.semdedup:SemDeDup",
     "rent": "curate.selectors.rent:Rent",

@@ -17,6 +17,7 @@ REQUIRED = {
     "by": "score",
     "label": "label",
     "group": "group",
+    "column": "score",
     "transition": (np.full((4, 4), 0.1) + 0.6 * np.eye(4)).tolist(),
     "by_group": "label",
     "direction": "low",
