@@ -10,7 +10,7 @@ It is never made; `curvature_diagonal.py` and `curvature_kronecker.py` say what 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -83,6 +83,7 @@ class CurvatureSettings:
         return replace(self, damping=None)
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """(G + λI)^-1 at one checkpoint, as it is applied."""
 

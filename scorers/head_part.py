@@ -35,7 +35,7 @@ class HeadPart:
     targets: Int[Tensor, "b t"]
     sums: HeadSums
     seeds: Float[Tensor, "b t"]
-    directions: tuple[Float[Tensor, "m v d"], ...] = ()
+    directions: tuple[Float[Tensor, "_ v d"], ...] = ()
     """The sets of directions that the errors were multiplied by, one after another."""
     signs: tuple[Key, int] | None = None
     """The stream and number of signs that the errors were summed by."""

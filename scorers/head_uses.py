@@ -126,7 +126,7 @@ def head_wants(
     return wants
 
 
-def head_directions(name: str, readouts: Sequence[Readout]) -> list[Float[Tensor, "m v d"]]:
+def head_directions(name: str, readouts: Sequence[Readout]) -> list[Float[Tensor, "_ v d"]]:
     """Return the directions of each readout that takes inner products with a head's weight."""
     return [read.directions[name] for read in readouts if isinstance(read, Dots)]
 
