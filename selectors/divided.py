@@ -13,9 +13,12 @@ from curate.selectors.budget import budget_rows, need_tokens
 from curate.selectors.group_budgets import GroupBudgets, MinShares, Shares, check_shares
 from curate.selectors.picks import Candidates, candidates
 from curate.selectors.protocol import Budget, Table
-from curate.selectors.vectors import Vectors, VectorTable, part_of
+from curate.selectors.vectors import ArrayVectors, Vectors, part_of
 
 log = logging.getLogger("curate.selectors")
+
+NONE = ArrayVectors(np.empty((0, 1), dtype=np.float32))
+"""The vectors of a table without any, for methods that look elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Divided:
         named = (getattr(self, "by", None), self.by_group)
         return frozenset(name for name in named if name is not None)
 
-    def parts(self, table: VectorTable, budget: Budget) -> Iterator[Part]:
+    def parts(self, table: Table, budget: Budget) -> Iterator[Part]:
         """Yield each group that gets something, in the order of their first rows.
 
         Raises:
@@ -70,12 +73,13 @@ class Divided:
             assert found.tokens is not None, "the table counts tokens"
             sizes = found.tokens
         amounts = self._amounts(table, budget, found, sizes)
+        whole = getattr(table, "vectors", None)
         for number, amount in enumerate(amounts.tolist()):
             mine = found.members(number)
             if amount and len(mine):
                 places = found.places[mine]
                 score = None if found.score is None else found.score[mine]
-                vectors = part_of(table.vectors, places)
+                vectors = part_of(whole, places) if whole is not None else NONE
                 yield Part(found.groups[number], places, sizes[mine], amount, score, vectors)
 
     def _amounts(

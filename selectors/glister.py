@@ -28,7 +28,7 @@ class Glister(Divided):
     gradients. How the validation gradient moves:
 
     - with `classes=C` the vectors are gradients of a linear head of cross-entropy with its biases
-      first, [e_1..e_C, e_1 h, .., e_C h] with e = p - onehot(y) (the source `head` makes them).
+      first, [e_1..e_C, e_1 h, .., e_C h] with e = p - onehot(y).
       Each validation row's p, y and h follow from its vector, and its gradient after the step is
       exact for the head, as in the authors' code (cords);
     - without, by one Taylor term: mean g_v - eta F sum_S g with F = mean g_v g_v', the empirical
@@ -133,8 +133,8 @@ def head_update(target: Vectors, classes: int, eta: float | int) -> After:
     if target.dimension != classes * (width + 1) or width < 1:
         raise ValueError(
             f"gradients of a head of {classes} classes have {classes} x (features + 1) "
-            f"coordinates, the target's vectors {target.dimension}; make them with --vectors head, "
-            "or leave classes out"
+            f"coordinates, the target's vectors {target.dimension}; give such gradients or leave "
+            "classes out"
         )
     known = [_known(block.astype(np.float64), classes) for block in target.blocks()]
     logits, features, onehot = (np.concatenate(part) for part in zip(*known, strict=True))
@@ -162,8 +162,8 @@ def _known(block: Float64[ndarray, "b d"], classes: int) -> tuple[ndarray, ndarr
     p = error + onehot
     if (p < -1e-3).any() or (np.abs(p.sum(axis=1) - 1) > 1e-2).any():
         raise ValueError(
-            "the target's vectors are no gradients of a head of cross-entropy, biases first; make "
-            "them with --vectors head, or leave classes out"
+            "the target's vectors are no gradients of a head of cross-entropy, biases first; give "
+            "such gradients or leave classes out"
         )
     features = np.einsum("nc,ncd->nd", error, outer) / square[:, None]
     return np.log(np.maximum(p, 1e-30)), features, onehot

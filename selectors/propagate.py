@@ -31,8 +31,9 @@ class Propagate(Weighing):
     which only an abstract was found: choose a coreset (`--method moderate`), learn weights on it,
     spread them. The weights are a manifest's (`manifest`, its folder) or a column's (`column` of
     the table, null where a row has none). K_ij = exp(-d² / (2 sigma²)) of Euclidean distances d of
-    the vectors; `sigma` is by default the median distance between weighted rows (up to 1000). Where all
-    kernels vanish the nearest row's weight is taken. Rows with a weight keep it, unless `smooth`.
+    the vectors; `sigma` is by default the median distance between weighted rows (up to 1000). Where
+    all kernels vanish the nearest row's weight is taken. Rows with a weight keep it, unless
+    `smooth`.
 
     Time n·m·d (FAISS); memory the vectors of the m rows and 24 bytes a row.
     """
