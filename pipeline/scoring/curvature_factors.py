@@ -59,6 +59,7 @@ class CurvatureFactors:
         self._held: dict[int, Mapping[Asked, Curvature]] = {}
         self._checked: set[str] = set()
         self._refused: dict[int, str] = {}
+        self._told: set[tuple[str, str]] = set()
 
     def at(self, k: int, engine: Engine) -> Mapping[Asked, Curvature]:
         """Return them at checkpoint k, whose weights `engine` has.
@@ -140,7 +141,9 @@ class CurvatureFactors:
                 "the curvature is estimated without %d rows that cannot be scored, the first is "
                 "row %d: %s", len(self._refused), *min(self._refused.items()),
             )  # fmt: skip
-        if said["left_out"]:
+        told = params, settings.kind
+        if said["left_out"] and told not in self._told:
+            self._told.add(told)
             log.warning("curvature=%s leaves out %s", settings.kind, said["left_out"])
         return tensors, {**said, "refused": len(self._refused)}
 
