@@ -1,8 +1,8 @@
 """Linear datamodeling score: do summed influences foretell what a subset of the data teaches?
 
     python benchmarks/lds.py                               ours
-    python benchmarks/lds.py --python PEERS/bin/python     beside TRAK and Bergson; peers.py says how
-                                                           to make their environment
+    python benchmarks/lds.py --python PEERS/bin/python     beside TRAK and Bergson; peers.py says
+                                                           how to make their environment
 
 A small GPT-2 of bytes (`lds_model.py`) is trained on random halves of stretches of the standard
 library's modules, and its loss on held-out stretches of the same modules is taken. For each method
