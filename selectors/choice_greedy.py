@@ -24,8 +24,8 @@ class ChoiceGreedy(Divided):
     option that adds most to a submodular function it is stochastic greedy
     (`selectors/greedy.py`), with the same draws from the same generator. The judge is called as
     `judge(chosen, options)` with places in the table and answers with a number from 0; what it
-    looks up there (texts, images, a summary it keeps) is its own affair. With `by_group` each group's
-    budget is filled in turn, and `chosen` holds that group's rows.
+    looks up there (texts, images, a summary it keeps) is its own affair. With `by_group` each
+    group's budget is filled in turn, and `chosen` holds that group's rows.
 
     From Python only, as a judge is no setting that a manifest could keep. One call for each row
     of the budget. Ranked without groups.
