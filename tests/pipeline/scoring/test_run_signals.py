@@ -126,7 +126,10 @@ def column(folder: Path, name: str) -> np.ndarray:
     return np.array([v for batch in batches for v in batch.column(0).to_pylist()], float)
 
 
-@pytest.mark.parametrize("memory", ["resident", "swapped", "cached"])
+@pytest.mark.parametrize(
+    "memory",
+    ["resident", *(pytest.param(m, marks=pytest.mark.slow) for m in ("swapped", "cached"))],
+)
 def test_gsnr_is_that_of_plain_autograd(
     job: Path,
     truth_of_gsnr: np.ndarray,
