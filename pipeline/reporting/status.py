@@ -46,6 +46,8 @@ def status(run: str | Path = "run") -> dict[str, Any]:
 def scores_status(folder: Folder) -> dict[str, Any]:
     """Return how many units and rows of a score table are committed, and who is at work."""
     line: dict[str, Any] = {"path": folder.uri, "finished": folder.exists(SUCCESS)}
+    if stores := folder.folders("store/"):
+        line["stores"] = [name.rpartition("/")[2] for name in stores]
     if not folder.exists(UNITS):
         return line | {"units": 0, "units_done": 0, "rows": 0, "rows_done": 0} | _holder(folder)
     with open_parquet(folder, UNITS) as file:

@@ -1,6 +1,7 @@
 """`score`: every row of a corpus, at every checkpoint, by every scorer asked for, in one pass."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -294,6 +295,7 @@ def _run(
 ) -> None:
     work = setup.work
     folder.create(META, canonical_json(setup.meta))
+    folder.clean_tmp(math.inf)  # of dead writers alone: what they wrote of a store may be large
     is_step_zero = warn_of_step_zero(work)
     outside = warn_of_settings(work)
     sizing, worker = Sizing(0.0, 0.0), None

@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from curate import cli
 from curate.pipeline.reporting.inspect import inspect
+from curate.pipeline.reporting.status import status
 from curate.pipeline.reporting.verify import verify
 from curate.pipeline.scoring import scoring_worker
 from curate.pipeline.scoring.attempts import Attempt
 from curate.pipeline.scoring.score_table import read_receipt
 from curate.pipeline.stores.store import open_store
 from curate.pipeline.stores.writer import StoreFile
+from curate.pipeline.storing.commit import _owner
 from curate.pipeline.storing.lock import LOCK
 from curate.pipeline.storing.storage import Folder
 
@@ -71,10 +73,14 @@ def test_a_kill_between_stores_and_part_changes_no_byte(
             points.score("killed", **SETTINGS, target=point_target)
     left = files(points.out / "killed")
     assert "store/sketch/unit-00000.arrow" in left and "part-00000.parquet" not in left
+    assert status(points.out / "killed")["scores"][0]["stores"] == ["embedding", "probs", "sketch"]
+    scratch = Path(points.out, "killed/.tmp", f"x~{_owner()}~{2**22 + 1}~0~0")  # of a dead writer
+    scratch.write_bytes(b"half a file")
     inode = (points.out / "killed/store/sketch/unit-00000.arrow").stat().st_ino
     points.score("killed", **SETTINGS, target=point_target)
     assert files(points.out / "killed") == files(whole.path)
     assert (points.out / "killed/store/sketch/unit-00000.arrow").stat().st_ino == inode
+    assert not scratch.exists()
 
 
 @pytest.mark.slow
@@ -115,7 +121,7 @@ def test_kill_9_in_the_middle_changes_no_byte(
 
     whole, killed = str(points.out / "whole"), str(points.out / "killed")
     assert start(whole, 0).wait() == 0
-    for marker in ("_meta.json", "units.parquet", "part-00000.parquet"):
+    for marker in ("units.parquet", "part-00000.parquet"):
         process = start(killed, 0.02)
         while not Path(killed, marker).exists() and process.poll() is None:
             time.sleep(0.005)
