@@ -78,7 +78,10 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         monkeypatch.setitem(sys.modules, name, module)
     if FOLDER:
         monkeypatch.syspath_prepend(FOLDER)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors of some hundred numbers
     yield importlib.import_module("GIO.GIOKL").GIOKL()
+    torch.set_num_threads(threads)
     for name in ("GIO", "GIO.GIOKL", "GIO.GIO_super"):
         sys.modules.pop(name, None)
 
