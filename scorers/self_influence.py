@@ -12,8 +12,8 @@ from curate.scorers.protocol import Direction, Signal
 _TRACIN = Direction(
     high_means="hard, mislabelled or an outlier",
     keep="low",
-    source="Thakkar et al. 2023 (PRESENCE-Sequential) keep low, Anand et al. 2023 all but the lowest "
-    "30 %; high finds wrong labels",
+    source="Thakkar et al. 2023 (PRESENCE-Sequential) keep low, Anand et al. 2023 all but the "
+    "lowest 30 %; high finds wrong labels",
     valid="checkpoints spread over a run",
     asks=("spread_checkpoints",),
 )
