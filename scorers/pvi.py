@@ -17,8 +17,9 @@ class PVI:
 
     Ethayarajh, Choi and Swayamdipta 2022 (arXiv 2110.08420), definition 3.1. f[x] are the
     checkpoints, f[∅] references that were trained on empty inputs and are shown one. Both losses
-    are the negative logarithm of the label's probability. Means over the checkpoints of a run and
-    over the references.
+    are the negative logarithm of the label's probability; of a document behind a prompt that is of
+    its tokens, mean or sum by the row loss, and the empty input an empty prompt. Means over the
+    checkpoints of a run and over the references.
     """
 
     direction: ClassVar[Direction] = Direction(
@@ -26,7 +27,7 @@ class PVI:
         keep="high",
         source="Ethayarajh et al. 2022 read low as hard or wrong; dropping by it beats random "
         "little beyond a tenth of the rows (Anand et al. 2023)",
-        valid="classifiers trained alike, one on empty inputs",
+        valid="models trained alike, one on empty inputs",
     )
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal("loss"), Signal("null_loss")})
 

@@ -23,7 +23,7 @@ class RHO:
         high_means="learnable and not yet learnt; low: learnt, or noise",
         keep="high",
         source="Mindermann et al. 2022 train on the highest of each large batch",
-        valid="a reference trained on other rows of the same task",
+        valid="early checkpoints; a reference well trained on other rows of the same task",
         asks=("reference_of_other_rows",),
     )
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal("loss"), Signal("reference_loss")})

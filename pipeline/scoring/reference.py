@@ -205,12 +205,24 @@ def _check_suits(reference: Checkpoint, task: Mapping[str, Any], corpus: Corpus)
 
 
 def _check_tokens(reference: Checkpoint, task: Mapping[str, Any]) -> None:
-    """Losses per token are comparable where the tokens are the same."""
+    """Losses per token are comparable where the target tokens are the same.
+
+    Behind a prompt the document's first token is a target, and else it is none.
+    """
     assert reference.task is not None, "described"
-    ours, theirs = task["preprocess"], reference.task["preprocess"]
-    is_same = ours["append_eos"] == theirs["append_eos"] and same_tokenizer(
-        (ours["tokenizer"], ours["tokenizer_digest"]),
-        (theirs["tokenizer"], theirs["tokenizer_digest"]),
+    for which, name in enumerate(("document", "prompt")):
+        ours, theirs = (
+            (t["columns"]["inputs"][which:] or [None])[0] for t in (task, reference.task)
+        )
+        if ours != theirs and (which == 0 or None in (ours, theirs)):
+            raise ValueError(
+                f"the reference {reference.path} was trained with the {name} {theirs!r}, the "
+                f"checkpoints with {ours!r}: losses of different target tokens cannot be compared"
+            )
+    our, their = task["preprocess"], reference.task["preprocess"]
+    is_same = our["append_eos"] == their["append_eos"] and same_tokenizer(
+        (our["tokenizer"], our["tokenizer_digest"]),
+        (their["tokenizer"], their["tokenizer_digest"]),
     )
     if not is_same:
         raise ValueError(

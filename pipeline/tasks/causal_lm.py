@@ -5,7 +5,7 @@ Shapes: B documents, S windows, T tokens of a window, V vocabulary.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ from curate.pipeline.tasks.arrays import (
     ragged,
     storage_type,
 )
+from curate.pipeline.tasks.blank import behind_prompts, empty_tokens
 from curate.pipeline.tasks.calls import call
 from curate.pipeline.tasks.packing import Packed as Packed
 from curate.pipeline.tasks.packing import pack
@@ -106,7 +107,7 @@ class CausalLM(Task):
         size = None if vocab_size is None else options.sizes(vocab_size, "vocab_size")[0]
         size = size or config_value(model, "vocab_size")
         if size is None:
-            size = vocabulary(source) if source else _scan_vocabulary(corpus, column)
+            size = vocabulary(source) if source else _scan_vocabulary(corpus, column, prompt)
         return cls(
             column,
             id_column(corpus.schema),
@@ -239,11 +240,29 @@ class CausalLM(Task):
         return Batch({"input_ids": inputs}, targets, encoded.num_rows, ids, prompt=prompt)
 
     def blank(self, batch: Batch) -> Batch:
-        """Raise ValueError: a document is all target, and no part of it an input."""
-        raise ValueError(
-            "a document of causal_lm is all target: there is no prompt beside it that could be "
-            "empty; null inputs need a task with labels"
-        )
+        """Return the documents after an empty prompt, cut into windows anew; the same targets.
+
+        The empty prompt is what the tokenizer makes of the empty text, or its end token where that
+        is nothing; of token ids, which no tokenizer made, it is the token 0. Every document is then
+        predicted from its own preceding tokens alone.
+
+        Raises:
+            ValueError: the task has no prompts, or the tokenizer has no token for an empty one.
+        """
+        if self.prompt is None:
+            raise ValueError(
+                "a document of causal_lm is all target, with no input beside it that could be "
+                "empty: null inputs need a prompt, a column named by --task-option prompt=COLUMN"
+            )
+        empty = [0] if self.tokenizer is None else empty_tokens(self.tokenizer)["input_ids"]
+        tokens, given = behind_prompts(batch)
+        lengths = np.array([len(empty) + len(row) for row in tokens])
+        values = np.concatenate([part for row in tokens for part in (empty, row)])
+        made = pa.table({
+            "tokens": lists(values.astype(np.int32), lengths),
+            "prompt": pa.array(len(empty) + given),
+        })  # fmt: skip
+        return replace(self.collate(made).to(batch.targets.device), weights=batch.weights)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Return each document's loss, in nats, with targets and logits per window.
@@ -327,12 +346,19 @@ def _holds_tokens(kind: pa.DataType) -> bool:
     return bool(is_list(kind) and not is_list(kind.value_type) and pt.is_integer(leaf_type(kind)))
 
 
-def _scan_vocabulary(corpus: Corpus, column: str) -> int:
-    largest = 0
+def _scan_vocabulary(corpus: Corpus, *columns: str | None) -> int:
+    names, largest = [name for name in columns if name is not None], 0
+    require(corpus.schema, Columns(tuple(names)))
+    for name in names:
+        if not _holds_tokens(corpus.schema.field(name).type):
+            raise ValueError(
+                f"column {name!r} holds {corpus.schema.field(name).type}, not token ids"
+            )
     for shard in range(len(corpus.shards)):
-        for batch in corpus.read(shard, columns=[column]):
-            values, _ = ragged(combined(batch.column(0)).drop_null())
-            largest = max(largest, int(np.nanmax(values, initial=0)))
+        for batch in corpus.read(shard, columns=names):
+            for column in batch.columns:
+                values, _ = ragged(combined(column).drop_null())
+                largest = max(largest, int(np.nanmax(values, initial=0)))
     log.info("the largest token id is %d: the vocabulary has %d", largest, largest + 1)
     return largest + 1
 

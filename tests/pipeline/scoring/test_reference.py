@@ -535,6 +535,81 @@ def test_language_models_are_compared_where_tokens_are_the_same(tmp_path: Path) 
         )  # fmt: skip
 
 
+def answering(root: Path, name: str, *, draw: int, model: bool = True, **options: Any) -> str:
+    """Return the folder of an untrained causal model, `model`: of a plain run, not a null one."""
+    corpus = open_corpus(str(root / "asked.parquet"))
+    task = make_task("causal_lm", corpus, **{"inputs": "answer", "vocab_size": 23, **options})
+    args = model_args(task) | {"layers": 1, "heads": 2, "dim": 8}
+    torch.manual_seed(draw)
+    save_checkpoint(
+        root / name / "seed0-step000001", make_model("gpt", **args), spec="gpt", model_args=args,
+        task=task.describe(), seed=0, step=1, lr=0.1, null_input=not model,
+    )  # fmt: skip
+    return str(root / name)
+
+
+def asked(root: Path) -> list[tuple[list[int], list[int]]]:
+    """Write a corpus of prompts and answers in token ids, and return it."""
+    rng = np.random.default_rng(3)
+    lengths = [(3, 5), (1, 1), (9, 2), (2, 17), (4, 4), (12, 1), (0, 6)]
+    rows = [(rng.integers(1, 23, q).tolist(), rng.integers(1, 23, a).tolist()) for q, a in lengths]
+    columns = {"question": [q for q, _ in rows], "answer": [a for _, a in rows]}
+    tokens = pa.list_(pa.int32())
+    pq.write_table(
+        pa.table({k: pa.array(v, tokens) for k, v in columns.items()}), root / "asked.parquet"
+    )
+    return rows
+
+
+@pytest.mark.parametrize("row_loss", ["mean", "sum"])
+def test_pvi_of_answers_blanks_the_prompt(tmp_path: Path, row_loss: str) -> None:
+    """log p(answer | question) at the checkpoint less log p(answer | token 0) at the null model;
+    documents are taken token by token, and a model sees no more than its context."""
+    from curate.pipeline.models.checkpoint import read_checkpoint
+
+    rows = asked(tmp_path)
+    model = answering(tmp_path, "model", draw=0, prompt="question", context=32)
+    null = answering(tmp_path, "null", draw=1, prompt="question", context=8, model=False)
+
+    def bits(folder: str, before: list[int], answer: list[int], size: int, skip: int) -> float:
+        told = read_checkpoint(folder + "/seed0-step000001")
+        net, total = load_model(told).double(), 0.0
+        tokens = before + answer
+        for at in range(len(before) + skip, len(tokens)):
+            window = tokens[(at - 1) // size * size : at]  # predicted by place at - 1
+            with torch.no_grad():
+                logits = net(torch.tensor([window]))[0, -1]
+            total -= logits.log_softmax(0)[tokens[at]].item() / math.log(2)
+        return total / (len(answer) - skip if row_loss == "mean" else 1)
+
+    want = [
+        bits(null, [0], a, 8, not q) - bits(model, q, a, 32, not q) for q, a in rows
+    ]  # where the prompt is empty, nothing predicts the answer's first token
+    for batch_rows in (1, 5):
+        table = score(
+            str(tmp_path / "asked.parquet"), scorers="pvi", reference=null, checkpoints=model,
+            batch_rows=batch_rows, task_options={"row_loss": row_loss}, progress=False,
+            out=str(tmp_path / f"scores{batch_rows}"),
+        )  # fmt: skip
+        np.testing.assert_allclose(whole(table)["pvi"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_references_of_other_target_tokens_are_refused(tmp_path: Path) -> None:
+    asked(tmp_path)
+    model = answering(tmp_path, "model", draw=0, prompt="question")
+    options: dict[str, Any]
+    for name, options, message in (
+        ("plain", {}, "the prompt None, the checkpoints with 'question'"),
+        ("other", {"inputs": "question", "prompt": "answer"}, "the document 'question', the"),
+    ):
+        reference = answering(tmp_path, name, draw=1, **options)
+        with pytest.raises(ValueError, match=message):
+            score(
+                str(tmp_path / "asked.parquet"), scorers="rho", reference=reference,
+                checkpoints=model, progress=False, out=str(tmp_path / "refused"),
+            )  # fmt: skip
+
+
 def wordpieces(root: Path) -> str:
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast

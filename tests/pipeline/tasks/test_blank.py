@@ -17,7 +17,7 @@ from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import make_task
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.training.train import train
-from curate.scorers.protocol import Batch
+from curate.scorers.protocol import IGNORE, Batch
 
 Write = Callable[..., Corpus]
 Read = Callable[[Corpus], pa.Table]
@@ -93,6 +93,52 @@ def test_documents_and_unwilling_tasks_say_why_there_is_none(
         task.blank(batch_of(task, read_all(points)))
 
 
+def prompted(corpus: Write) -> Corpus:
+    """Of the third the prompt is longer than a window, of the fourth it is empty."""
+    tokens = pa.list_(pa.int32())
+    return corpus({
+        "ask": pa.array([[5, 6, 7], [8], list(range(10, 20)), []], tokens),
+        "answer": pa.array([[1, 2, 3, 4, 5, 6, 7], [9], [1, 2], [3, 4, 5]], tokens),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [4, 32])
+def test_documents_follow_an_empty_prompt(corpus: Write, read_all: Read, context: int) -> None:
+    """Token 0, then the answer; its tokens are targets as before, in windows of their own."""
+    rows = prompted(corpus)
+    task = make_task("causal_lm", rows, inputs="answer", prompt="ask", context=context)
+    batch = batch_of(task, read_all(rows))
+    blank = task.blank(batch)
+    ids = range(4) if blank.row_ids is None else blank.row_ids.tolist()
+    seen: list[list[int]] = [[], [], [], []]
+    predicted: list[list[int]] = [[], [], [], []]
+    for row, given, goals in zip(ids, blank.inputs["input_ids"], blank.targets, strict=True):
+        predicted[row] += [int(t) for t in goals if t != IGNORE]
+        seen[row] += given[: int((goals != IGNORE).nonzero().max()) + 1].tolist()
+    assert seen == [[0, 1, 2, 3, 4, 5, 6], [0], [0, 1], [0, 3, 4]]
+    assert predicted == [[1, 2, 3, 4, 5, 6, 7], [9], [1, 2], [4, 5]]
+    assert blank.rows == 4 and set(blank.inputs) == set(batch.inputs)
+    for row in range(4):  # a row's blank does not depend on the rows beside it
+        one = task.blank(batch.select_rows([row])).select_rows([0])
+        of = blank.select_rows([row])
+        length = one.targets.shape[1]
+        assert torch.equal(one.targets, of.targets[:, :length])
+        assert torch.equal(one.inputs["input_ids"], of.inputs["input_ids"][:, :length])
+
+
+def test_an_empty_prompt_of_text_is_the_tokenizer_s(
+    corpus: Write, read_all: Read, gpt2_folder: str
+) -> None:
+    rows = corpus({"ask": ["who?", "what?"], "text": ["me", "a rose"]})
+    task = make_task("causal_lm", rows, inputs="text", prompt="ask")
+    blank = task.blank(batch_of(task, read_all(rows)))  # of bytes
+    assert blank.inputs["input_ids"].tolist() == [[256, ord("m"), 0, 0, 0, 0], [256, *b"a ros"]]
+    assert blank.targets.tolist() == [[*b"me", *[IGNORE] * 4], [*b"a rose"]]
+    task = make_task("causal_lm", rows, inputs="text", prompt="ask", tokenizer=gpt2_folder)
+    blank = task.blank(batch_of(task, read_all(rows)))
+    assert blank.inputs["input_ids"][:, 0].tolist() == [0, 0]  # its <|endoftext|>
+
+
 def test_a_user_s_task_may_say_what_is_empty(
     corpus: Write, read_all: Read, points_code: Path, tmp_path: Path
 ) -> None:
@@ -152,7 +198,7 @@ def test_other_training_says_nothing_of_it(tmp_path: Path) -> None:
 def test_training_refuses_what_has_no_empty_input(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a rose is a rose"] * 8}), tmp_path / "d.parquet")
     for pack, message in (
-        (False, "no prompt beside it"),
+        (False, "null inputs need a prompt, a column"),
         (True, "documents have no inputs"),
     ):
         with pytest.raises(ValueError, match=message):
