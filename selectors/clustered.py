@@ -11,7 +11,8 @@ from numpy import ndarray
 from scipy.spatial.distance import pdist
 
 from curate.selectors.keyed import keyed64
-from curate.selectors.neighbors import Neighbors, kmeans
+from curate.selectors.lloyd import kmeans
+from curate.selectors.neighbors import Neighbors
 from curate.selectors.vectors import Vectors, matrix
 
 PER_CENTRE = 256  # rows for each centre that k-means looks at, as FAISS does

@@ -4,12 +4,16 @@ Shapes: N base vectors, Q queries, D dimensions, K neighbours.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int64
+from numpy import ndarray
 
 Metric = Literal["cosine", "dot", "euclidean"]
+QUERY_ROWS = 2048
+"""Queries that one thread searches together."""
 
 
 class Neighbors:
@@ -49,7 +53,7 @@ class Neighbors:
         """
         if not 1 <= k <= len(self):
             raise ValueError(f"k={k} neighbours of {len(self)} vectors; choose 1 to {len(self)}")
-        values, numbers = self._index.search(self._ready(queries), k)
+        values, numbers = _searched(_faiss(), self._index, self._ready(queries), k)
         if self.metric == "euclidean":
             values = np.sqrt(np.maximum(values, 0))
         return values, numbers
@@ -188,7 +192,7 @@ def strongest(
         rows = np.flatnonzero(np.isfinite(block).all(1))
         if len(rows):
             index.add(np.ascontiguousarray(block[rows], dtype=np.float32))
-            found, places = index.search(queries, min(k, len(rows)))
+            found, places = _searched(faiss, index, queries, min(k, len(rows)))
             index.reset()
             values = np.concatenate([values, found], 1)
             numbers = np.concatenate([numbers, start + rows[places]], 1)
@@ -199,31 +203,22 @@ def strongest(
     return values, numbers
 
 
-def kmeans(
-    points: Float32[np.ndarray, "n d"], clusters: int, seed: int, iterations: int = 20
-) -> Float32[np.ndarray, "k d"]:
-    """Return the centroids of Lloyd's k-means from a random start; empty clusters are split.
+def _searched(faiss: Any, index: Any, queries: np.ndarray, k: int) -> tuple[ndarray, ndarray]:
+    """Search fixed blocks of queries, each by one thread: sums do not depend on how many there are.
 
-    The same on one machine for the same points and seed; other builds and devices round otherwise.
-
-    Raises:
-        ValueError: fewer points than clusters.
-        RuntimeError: FAISS is not installed.
+    FAISS has BLAS divide products among its threads, and the last digits change with the division.
     """
-    if not 1 <= clusters <= len(points):
-        raise ValueError(f"{clusters} clusters of {len(points)} points; choose 1 to {len(points)}")
-    faiss = _faiss()
-    found = faiss.Kmeans(
-        points.shape[1],
-        clusters,
-        niter=iterations,
-        seed=seed % (1 << 31),
-        gpu=_has_gpus(faiss),
-        min_points_per_centroid=1,  # no warning, and below: no further sampling
-        max_points_per_centroid=len(points),
-    )
-    found.train(np.ascontiguousarray(points, dtype=np.float32))
-    return np.asarray(found.centroids, dtype=np.float32).reshape(clusters, -1)
+    if _has_gpus(faiss) or not len(queries):
+        return index.search(queries, k)  # type: ignore[no-any-return]
+
+    def alone(start: int) -> tuple[ndarray, ndarray]:
+        faiss.omp_set_num_threads(1)  # of the thread that calls, not of the process
+        return index.search(queries[start : start + QUERY_ROWS], k)  # type: ignore[no-any-return]
+
+    starts = range(0, len(queries), QUERY_ROWS)
+    with ThreadPoolExecutor(min(len(starts), faiss.omp_get_max_threads())) as pool:
+        values, numbers = zip(*pool.map(alone, starts), strict=True)
+    return np.concatenate(values), np.concatenate(numbers)
 
 
 def _faiss() -> Any:

@@ -15,7 +15,8 @@ from jaxtyping import Float32, Float64, Int32, Int64
 from numpy import ndarray
 
 from curate.selectors.keyed import keyed64, stream_key
-from curate.selectors.neighbors import Neighbors, kmeans
+from curate.selectors.lloyd import kmeans
+from curate.selectors.neighbors import Neighbors
 from curate.selectors.vectors import Vectors, matrix
 
 SAMPLE = 128

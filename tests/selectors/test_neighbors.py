@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curate.selectors.lloyd import kmeans
 from curate.selectors.neighbors import Metric, Neighbors, strongest
 
 pytest.importorskip("faiss")
@@ -84,3 +85,23 @@ def test_the_strongest_in_blocks_are_those_of_a_full_sort(seed: int, k: int, ste
         places = numbers[q][found[q]]
         assert len(set(places)) == len(places)
         np.testing.assert_array_equal(products[q][places], values[q][found[q]])
+
+
+def test_the_number_of_threads_changes_no_digit() -> None:
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(3)
+    points = rng.standard_normal((5000, 96), dtype=np.float32)
+    index = Neighbors(96, "euclidean")
+    index.add(points[:150])
+    threads = faiss.omp_get_max_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            faiss.omp_set_num_threads(count)
+            found.append((*index.search(points, 5), kmeans(points, 20, 0)))
+            assert faiss.omp_get_max_threads() == count  # searching leaves the setting as it is
+    finally:
+        faiss.omp_set_num_threads(threads)
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from curate.selectors.neighbors import kmeans
+from curate.selectors.lloyd import kmeans
 from curate.selectors.quantise import _sampled, quantise
 from curate.selectors.vectors import ArrayVectors
 
