@@ -32,16 +32,16 @@ class Leverage(Draw):
     - `kind="root_leverage"`, 1 <= p < 2: the square root of sigma_i (Woodruff and Yasuda 2023,
       "Sharper bounds for lp sensitivity sampling", ICML, section 1.2).
     - `kind="lewis"`, 1 <= p < 4: the weights with w_i^(2/p) = a_i'(A'W^(1-2/p)A)⁺a_i, found by the
-      contraction of Cohen and Peng 2015 (arXiv:1412.0588, section 3). Adds up to the rank.
+      contraction of Cohen and Peng 2015 (arXiv:1412.0588, section 3), with relaxation. Adds up to
+      the rank.
 
     Drawn without replacement as `importance` draws, so that the budget is met exactly: a row's
     chance is 1 - exp(-T sigma_i), nearly proportional to sigma_i where small and never above 1, as
     min(1, alpha sigma_i) of the sources is. The loss weight 1 / chance
     keeps sums of |a·x|^p unbiased; it is the p-th power of q^(-1/p), by which the sources scale a
-    row. Rows of zeros are never
-    drawn. `unbiased=False` writes no weights. Rank 0 was drawn first.
+    row. Rows of zeros are never drawn. `unbiased=False` writes no weights. Rank 0 was drawn first.
 
-    Time n·d² for each pass: one for the Gram matrix and one for sigma; Lewis weights take some 30.
+    Time n·d² for each pass: one for the Gram matrix and one for sigma; Lewis weights take some 40.
     Memory: d² and 24 bytes a row.
     """
 
@@ -96,16 +96,17 @@ def leverage(vectors: Vectors) -> Float64[ndarray, " n"]:
 def lewis_weights(vectors: Vectors, p: float | int, most: int = 200) -> Float64[ndarray, " n"]:
     """Return the lp Lewis weights of every row: w^(2/p) = a'(A'W^(1-2/p)A)⁺a, w = 0 for a = 0.
 
-    Each step takes two passes and brings log w nearer by the factor |1 - p/2|.
+    Each step takes two passes. The plain step has derivatives between 0 and 1 - p/2 in log w; going
+    2 / (1 + p/2) of it brings log w nearer by |1 - p/2| / (1 + p/2), also for p near 4.
 
     Raises:
         ValueError: all vectors are 0, or it does not settle in `most` steps.
     """
-    weights = np.ones(vectors.rows)
+    weights, stride = np.ones(vectors.rows), 2 / (1 + p / 2)
     for _ in range(most):
-        scale = np.where(weights > 0, weights, 1.0) ** (1 - 2 / p)
-        form = _quadratic(vectors, _root_inverse(_gram(vectors, scale)))
-        following = form ** (p / 2)
+        base = np.where(weights > 0, weights, 1.0)
+        form = _quadratic(vectors, _root_inverse(_gram(vectors, base ** (1 - 2 / p))))
+        following = base ** (1 - stride) * form ** (stride * p / 2)
         moved = np.abs(following - weights).max()
         weights = following
         if moved <= STILL:
