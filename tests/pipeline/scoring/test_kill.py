@@ -125,6 +125,7 @@ def test_a_kill_in_the_middle_of_a_unit_changes_no_byte(
     assert command("whole").finish()[0] == 0
     process = command("killed", sleep_s=0.03).start()
     while not (tmp_path / "killed" / "part-00001.parquet").exists():
+        assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
@@ -226,6 +227,7 @@ def test_a_finished_run_keeps_no_ledger(command: Callable[..., Command], tmp_pat
 def test_interrupts_leave_no_suspicion(command: Callable[..., Command], tmp_path: Path) -> None:
     process = command("s", sleep_s=0.05).start()
     while not (tmp_path / "s" / "part-00000.parquet").exists():
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     process.wait()
