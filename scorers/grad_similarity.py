@@ -56,8 +56,9 @@ class GradSimilarity:
 
     Γ is the step that Adam would take at θ_k on the row alone, from the checkpoint's moments;
     `adam` says in which form (`Moments.step`). Target rows have plain gradients, each brought to
-    length 1 before the mean. w are learning rates, as in `tracin`. `projection=8192` compares dense
-    Rademacher projections instead, as the published code does; 0 compares the gradients.
+    length 1 before the mean. w are the mean learning rates of the steps that led to each checkpoint
+    from the one before. `projection=8192` compares dense Rademacher projections instead, as the
+    published code does; 0 compares the gradients.
 
     Raises:
         ValueError: a setting that is none of these, or one that the mode does not have.

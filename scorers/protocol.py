@@ -194,7 +194,8 @@ class Scorer(Protocol):
     ) -> Float[Tensor, " b"]:
         """Return one score per row from float64 signals of the K checkpoints of one run.
 
-        `weights` are the checkpoints' learning rates, normalised to sum 1 (equal where unknown).
+        `weights` are the checkpoints' learning rates, normalised to sum 1 (equal where unknown);
+        for Adam's steps, the means of the rates since the checkpoint before.
         Signals from training records, or made of all checkpoints, have one value per run: their
         first axis is 1.
         """

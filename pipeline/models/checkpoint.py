@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -76,6 +77,8 @@ class Checkpoint:
     digest: str
     null_input: bool = False
     """Whether it was trained on empty inputs, so that it knows of the labels alone."""
+    mean_lr: float | None = None
+    """Mean learning rate of the steps since the run's checkpoint before, None where unknown."""
 
 
 def checkpoint_name(seed: int, *, epoch: int | None = None, step: int | None = None) -> str:
@@ -98,6 +101,7 @@ def save_checkpoint(
     rows_seen: int | None = None,
     corpus: Mapping[str, Any] | None = None,
     null_input: bool = False,
+    mean_lr: float | None = None,
     optimizer: Optimizer | None = None,
 ) -> Checkpoint:
     """Write a checkpoint to its folder, whole or not at all, replacing what was there.
@@ -126,6 +130,8 @@ def save_checkpoint(
     }
     if null_input:
         meta["null_input"] = True
+    if mean_lr is not None:
+        meta["mean_lr"] = mean_lr
     if is_user_code(spec):
         meta["model_digest"] = file_digest(spec)
     try:
@@ -174,8 +180,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     names = ("model", "model_args", "task", "seed", "epoch", "step", "lr", "rows_seen", "corpus")
     try:
         told = {n: meta[n] for n in names}
-        null_input = meta.get("null_input", False)
-        return Checkpoint(str(folder), **told, digest=digest, null_input=null_input)
+        null_input, mean_lr = meta.get("null_input", False), meta.get("mean_lr")
+        return Checkpoint(
+            str(folder), **told, digest=digest, null_input=null_input, mean_lr=mean_lr
+        )
     except KeyError as error:
         raise ValueError(f"{folder / META} lacks {error}") from None
 
@@ -315,7 +323,17 @@ def _of_trainer(folder: Path, digest: str) -> Checkpoint:
         rows_seen=step * batch if batch else None,
         corpus=None,
         digest=digest,
+        mean_lr=_mean_rate(folder, step, state.get("log_history", [])),
     )
+
+
+def _mean_rate(folder: Path, step: int, logged: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean rate logged since the checkpoint before in the Trainer's folder."""
+    others = (TRAINER_FOLDER.fullmatch(p.name) for p in folder.parent.iterdir())
+    before = max((n for m in others if m is not None and (n := int(m[1])) < step), default=0)
+    since = [e for e in logged if e.get("step", step) > before]
+    rates = [e["learning_rate"] for e in since if "learning_rate" in e]
+    return fmean(rates) if rates else None
 
 
 def _with_seeds(found: list[Checkpoint]) -> list[Checkpoint]:

@@ -81,8 +81,8 @@ def read_moments(checkpoint: str | Path, model: nn.Module) -> Moments:
     trained = [name for name, p in params.items() if p.requires_grad]
     if absent := [name for name in trained if name not in found.mean]:
         raise ValueError(
-            f"{path} has no moments of {absent[0]}, which can be trained in the model: "
-            "limit params= to what was trained, or train again"
+            f"{path} has no moments of {absent[0]}, which can be trained in the model: name the "
+            "model as it was trained by --model, or train again"
         )
     for name in trained:
         for moment in (found.mean[name], found.square[name]):
@@ -156,7 +156,8 @@ def _names(path: Path, groups: Sequence[Mapping[str, Any]], model: nn.Module) ->
         raise ValueError(
             f"{path} was not written for the model's trainable parameters: it groups "
             f"{' + '.join(str(len(n)) for n in numbers)} of them, the Trainer would group "
-            f"{' + '.join(str(len(n)) for n in listed)}"
+            f"{' + '.join(str(len(n)) for n in listed)}; where some were frozen, name a factory "
+            "that freezes them by --model file.py:factory"
         )
     return {
         number: name

@@ -38,7 +38,7 @@ class AdamTargets:
             of: UnitTarget(work, device, keeps, *of)
             for of in dict.fromkeys((s.params, s.projection) for s in self.signals)
         }
-        self._held: dict[int, dict[Signal, AdamComparison]] = {}
+        self._held: dict[int, Moments] = {}
 
     def at(self, k: int, engine: Engine) -> dict[Signal, AdamComparison]:
         """Return them at checkpoint k, whose weights `engine` has.
@@ -51,8 +51,9 @@ class AdamTargets:
             size = 8 * sum(v.numel() for v in moments.mean.values())
             if size * len(self.work.checkpoints) > MOST_BYTES:
                 self._held.clear()
-            self._held[k] = {s: self._comparison(s, k, engine, moments) for s in self.signals}
-        return self._held[k]
+            self._held[k] = moments
+        # Made anew: what a comparison holds of the target is the target's to hold or to let go.
+        return {s: self._comparison(s, k, engine, self._held[k]) for s in self.signals}
 
     def _comparison(
         self, signal: Signal, k: int, engine: Engine, moments: Moments

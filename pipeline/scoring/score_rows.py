@@ -20,6 +20,8 @@ from curate.pipeline.scoring.work import (
     has_checkpoints,
     has_groups,
     learning_rate_weights,
+    mean_rates,
+    needs_moments,
     reads_model,
     record_signals,
     table_signals,
@@ -38,9 +40,11 @@ class Reduction:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.scorers = work.made
-        self.weights = {
-            seed: torch.from_numpy(learning_rate_weights([work.checkpoints[k] for k in indices]))
-            for seed, indices in work.runs.items()
+        of_run = {s: [work.checkpoints[k] for k in indices] for s, indices in work.runs.items()}
+        self.weights = {s: torch.from_numpy(learning_rate_weights(c)) for s, c in of_run.items()}
+        # LESS averages the rate over the epoch that led to a checkpoint (Xia et al. 2024).
+        self.mean_weights = {
+            s: torch.from_numpy(learning_rate_weights(mean_rates(c))) for s, c in of_run.items()
         }
         later = text_signals(self.scorers) | table_signals(self.scorers)
         self.records = sorted(record_signals(self.scorers) | later)
@@ -66,6 +70,7 @@ class Reduction:
     ) -> Float64[np.ndarray, "s b"]:
         """Return a scorer's float64 value in each run."""
         scorer, runs = self.scorers[alias], []
+        weights = self.mean_weights if needs_moments({alias: scorer}) else self.weights
         for seed, indices in self.work.runs.items():
             signals = {
                 s: torch.from_numpy(records[seed][s][rows])[None]
@@ -73,7 +78,7 @@ class Reduction:
                 else reading[s][indices[-1:] if s.kind in SPREAD_KINDS else indices]
                 for s in scorer.needs
             }
-            runs.append(scorer.reduce(signals, self.weights[seed]).double().numpy())
+            runs.append(scorer.reduce(signals, weights[seed]).double().numpy())
         return np.stack(runs)
 
     def by_checkpoint(

@@ -334,6 +334,7 @@ def _config(work: Work, unit_rows: int | None) -> dict[str, Any]:
         config["gio"] = vectors
     if needs_moments(work.made):
         config["moments"] = [moments_digest(c.path) for c in work.checkpoints]
+        config["mean_lr"] = [c.mean_lr for c in work.checkpoints]
     return config
 
 

@@ -1,7 +1,7 @@
 """All that a scoring process needs to know, small enough to send to any worker."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -184,7 +184,13 @@ def reads_model(scorer: Scorer) -> bool:
     return not any(s.kind in RECORD_KINDS | TEXT_KINDS | TABLE_KINDS for s in scorer.needs)
 
 
-def learning_rate_weights(checkpoints: tuple[Checkpoint, ...] | list[Checkpoint]) -> np.ndarray:
+def mean_rates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return them with the mean learning rates of the steps that led to each, where known."""
+    known = all(c.mean_lr is not None for c in checkpoints)
+    return [replace(c, lr=c.mean_lr) for c in checkpoints] if known else list(checkpoints)
+
+
+def learning_rate_weights(checkpoints: Sequence[Checkpoint]) -> np.ndarray:
     """Return the learning rates of one run's checkpoints, normalised to sum 1.
 
     Equal weights where a rate is unknown, or zero everywhere.

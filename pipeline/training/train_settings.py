@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import torch
@@ -143,6 +144,12 @@ class TrainSettings:
     @property
     def rate(self) -> Rate:
         return Rate(self.lr, self.schedule, self.length.steps, self.warmup)
+
+    def mean_rate(self, step: int) -> float:
+        """Return the mean rate of the steps since the save point before `step`; 0 at step 0."""
+        before = max((p.step for p in self.points if p.step < step), default=0)
+        rate = self.rate
+        return fmean(map(rate, range(before + 1, step + 1))) if step else 0.0
 
     @property
     def corpus_entry(self) -> dict[str, Any]:

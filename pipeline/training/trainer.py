@@ -250,6 +250,7 @@ class SeedTraining:
             epoch=self._epoch(point),
             step=point.step,
             lr=settings.rate(point.step) if point.step else 0.0,
+            mean_lr=settings.mean_rate(point.step),
             rows_seen=settings.length.rows_seen(point.step),
             corpus=settings.corpus_entry,
             null_input=settings.null_input,

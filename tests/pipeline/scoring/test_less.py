@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from typer.testing import CliRunner
 
 from curate import cli
 from curate.pipeline.models.checkpoint import find_checkpoints, load_model
+from curate.pipeline.reading.corpus import open_corpus
 from curate.pipeline.reporting.verify import verify
 from curate.pipeline.scoring import signal_pass, target_gradients
+from curate.pipeline.scoring.adam_targets import AdamTargets
 from curate.pipeline.scoring.score import score
+from curate.pipeline.scoring.score_setup import Request, set_up
 from curate.pipeline.scoring.score_table import ScoreTable
+from curate.pipeline.scoring.signal_pass import SignalPass
 from curate.pipeline.training.train import train
 from curate.scorers.parts import Full, Gradient
 from curate.scorers.readouts import Projection, TwoSidedSketch
@@ -146,7 +151,8 @@ def brute_force(
     """
     read = read or flat
     checkpoints = find_checkpoints(str(warmup.root / "run"))
-    rates = np.array([c.lr for c in checkpoints])
+    # Linear to 0 in 4 steps: each checkpoint counts by the mean rate of the 2 steps behind it.
+    rates = np.array([(1 + 3 / 4) / 2, (2 / 4 + 1 / 4) / 2])
     total = np.zeros((ROWS, len(PARTS)))
     for checkpoint, weight in zip(checkpoints, rates / rates.sum(), strict=True):
         model = load_model(checkpoint).double()
@@ -216,6 +222,27 @@ def test_batches_and_what_is_held_change_nothing(
     rows = 1 if how == "one row at a time" else 4
     again = scored(warmup, tmp_path / "b", LESS, batch_rows=rows)
     np.testing.assert_allclose(again["grad_similarity"], plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_target_is_let_go_where_it_takes_too_much(
+    warmup: Warmup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(
+        open_corpus(warmup.root / "corpus"), str(warmup.root / "run"), LESS, task="causal_lm",
+        target=str(warmup.root / "target"), out=str(tmp_path / "s"),
+    )  # fmt: skip
+    work = set_up(request).work
+    first = SignalPass(work)
+    size = 4 * sum(p.numel() for p in first.model.parameters() if p.requires_grad)
+    # One checkpoint's direction fits, two do not; their moments do.
+    monkeypatch.setattr(target_gradients, "MOST_BYTES", size)
+    held = AdamTargets(work, torch.device("cpu"), keeps=False)
+    (comparison,) = held.at(0, first.engines[0]).values()
+    direction = weakref.ref(next(iter(comparison.directions.values())))
+    del comparison
+    assert direction() is not None
+    held.at(1, first.engines[1])
+    assert direction() is None
 
 
 def sketched(read: Projection | TwoSidedSketch) -> Any:

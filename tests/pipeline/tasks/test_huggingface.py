@@ -7,7 +7,12 @@ import pytest
 import torch
 import transformers
 
-from curate.pipeline.models.checkpoint import find_checkpoints, load_model, save_checkpoint
+from curate.pipeline.models.checkpoint import (
+    find_checkpoints,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
 from curate.pipeline.models.models import make_model, model_args
 from curate.pipeline.reading.corpus import Corpus
 from curate.pipeline.tasks.registry import make_task, task_from_description
@@ -160,6 +165,9 @@ def test_a_checkpoint_of_the_hugging_face_trainer_is_taken_as_it_is(
     found = find_checkpoints(str(tmp_path / "out"))
     assert [(c.seed, c.step, c.epoch) for c in found] == [(0, 2, 1.0), (0, 4, 2.0)]
     assert found[0].lr is not None and 0 < found[1].lr < found[0].lr <= 1e-3
+    # Linear to 0 in 4 steps: 4/4, 3/4 and 2/4, 1/4 of the rate, whichever of them is asked for.
+    assert [c.mean_lr for c in found] == pytest.approx([7 / 8 * 1e-3, 3 / 8 * 1e-3])
+    assert read_checkpoint(found[1].path).mean_lr == found[1].mean_lr
     assert found[0].task is None and found[0].rows_seen == 8
     assert found[0].digest != found[1].digest
     loaded = load_model(found[1])

@@ -143,6 +143,8 @@ def test_checkpoints_describe_themselves(corpus, tmp_path):
     assert [c.rows_seen for c in saved] == [0, 320, 900]
     rate = settings_for(corpus, **IMAGES, epochs=3, batch_size=32, out=tmp_path).rate
     assert [c.lr for c in saved] == [0, rate(10), rate(29)]
+    means = [np.mean([rate(s) for s in steps]) for steps in (range(1, 11), range(11, 30))]
+    assert [c.mean_lr for c in saved] == [0, *map(pytest.approx, means)]
     opened = open_corpus(corpus)
     assert saved[0].corpus == {"uri": opened.uri, "digest": opened.digest, "rows": TRAIN_ROWS}
     seed_all(0, "weights")
