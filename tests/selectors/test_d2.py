@@ -111,3 +111,12 @@ def test_wrong_settings_are_refused(table, make_table):
     infinite.vectors, infinite.target = ArrayVectors(np.eye(2)), None
     with pytest.raises(ValueError, match="infinite in some rows"):
         D2("score").select(infinite, Budget("rows", 1), RNG)
+
+
+def test_far_from_the_origin_the_nearest_are_the_same() -> None:
+    rng = np.random.default_rng(1)
+    # 1/1024ths stay exact when 1000 is added, so the two sets have the same distances.
+    points = (np.round(rng.standard_normal((200, 48)) * 1024) / 1024).astype(np.float32)
+    here, there = (nearest(ArrayVectors(x), 4) for x in (points, points + np.float32(1000)))
+    np.testing.assert_array_equal(here[0], there[0])
+    np.testing.assert_allclose(here[1], there[1], rtol=1e-4)  # the mean is rounded at 1000
