@@ -6,12 +6,14 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from scipy.special import gammaincinv
+from scipy.special import gammaincinv, gammaln
 
 from curate.selectors.keyed import row_bits
 from curate.selectors.protocol import Budget, Selection, Table
 from curate.selectors.rent import Rent
 from curate.selectors.vectors import VectorTable
+
+SMALL = 1e-20  # below it the first term of the series is exact
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,21 @@ class Dws(Rent):
 def gammas(
     shapes: Float64[ndarray, " n"], uniform: Float64[ndarray, " n"]
 ) -> Float64[ndarray, " n"]:
-    """Return Gamma(shape) variables by inversion; 0 for the shape 0, NaN for NaN."""
+    """Return Gamma(shape) variables by inversion, divided by the largest; NaN for the shape NaN.
+
+    Small shapes give numbers such as u^(1/shape), too small for any float: they are compared by
+    their logarithms, so that the largest is 1 whatever the shapes. All 0 if all shapes are.
+    """
     found = np.where(np.isnan(shapes), np.nan, 0.0)
     positive = shapes > 0
-    found[positive] = gammaincinv(shapes[positive], uniform[positive])
+    if not positive.any():
+        return np.asarray(found)
+    shape, u = shapes[positive], uniform[positive]
+    plain = gammaincinv(shape, u)
+    # P(a, x) = x^a / Gamma(a + 1) up to a factor 1 - x.
+    near_zero = (np.log(u) + gammaln(shape + 1)) / shape
+    logs = np.where(plain > SMALL, np.log(np.maximum(plain, SMALL)), near_zero)
+    found[positive] = np.exp(logs - logs.max())
     return np.asarray(found)
 
 

@@ -39,6 +39,10 @@ class Importance(Draw):
 
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         rates = importance_rates(table, self.by, self.mix)
+        if zeros := rates.rows - rates.able:
+            log.warning(
+                "%d rows have score 0 and are never drawn; mix=0.1 gives them a chance", zeros
+            )
         draw = self.draw_again if self.replacement else self.draw
         return draw(table, budget, rng, rates)
 
@@ -56,8 +60,6 @@ def importance_rates(table: Table, by: str, mix: float) -> Rates:
             f"all scores of {by!r} are 0, so none is more important than another; "
             "use --method random"
         )
-    if zeros and not mix:
-        log.warning("%d rows have score 0 and are never drawn; mix=0.1 gives them a chance", zeros)
 
     def log_rates(batch: pa.RecordBatch) -> Float64[ndarray, " n"]:
         scores = score_column(batch, by).astype(np.float64)

@@ -51,12 +51,12 @@ def match(
     Time and memory (n + t)³ and (n + t)², without the t where D = 1.
 
     Raises:
-        ValueError: sigma, bound, D or slack are out of their ranges.
+        ValueError: sigma, bound, D or slack are out of their ranges, or leave no weights.
         RuntimeError: the solver gives up.
     """
     for name, value, least in (("sigma", sigma, 0), ("bound", bound, 0), ("D", double, 1)):
         if not (np.isfinite(value) and value >= least and value > 0):
-            raise ValueError(f"{name} must be a number above {least}, not {value!r}")
+            raise ValueError(f"{name} must be a number {from_least(least)}, not {value!r}")
     n, t = len(source), len(target)
     slack = 1 - 1 / np.sqrt(n) if slack is None else float(slack)
     if not slack >= 0:
@@ -66,6 +66,11 @@ def match(
     mass = np.concatenate([p, -q])
     form = mass[:, None] * gaussian_kernel(np.vstack([source, target]), sigma) * mass
     radius, most = 1 - 1 / np.sqrt(double), bound / np.sqrt(double)
+    if most + slack < 1 - radius:  # mean beta is at most the one, mean alpha at least the other
+        raise ValueError(
+            f"no weights up to bound / sqrt(D) = {most:g} have a mean within slack = {slack:g} of "
+            f"the target's, which is at least {1 - radius:g}; raise bound or slack"
+        )
     if radius > 0:
         upper = np.concatenate([np.full(n, most), np.ones(t)])
         found = _solve(form, np.zeros(n + t), upper, mass, (-slack, slack), (radius, q))
@@ -76,6 +81,11 @@ def match(
         alpha = np.ones(t)
     weights = np.concatenate([beta, alpha])
     return Matching(beta, alpha, float(max(0.0, weights @ form @ weights)))
+
+
+def from_least(least: int) -> str:
+    """Say from where a setting's range starts: 0 itself is not in it, 1 is."""
+    return f"of at least {least}" if least else "above 0"
 
 
 def gaussian_kernel(points: Float64[ndarray, "m d"], sigma: float | int) -> Float64[ndarray, "m m"]:

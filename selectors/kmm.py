@@ -8,7 +8,7 @@ import numpy as np
 
 from curate.selectors.clustered import Clustered, clustered, median_distance
 from curate.selectors.inner_products import target_mean
-from curate.selectors.kernel_matching import Matching, match
+from curate.selectors.kernel_matching import Matching, from_least, match
 from curate.selectors.picks import candidates
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.vectors import VectorTable, finite_rows, part_of
@@ -53,7 +53,8 @@ class Kmm(Weighing):
             if value is None and name in ("sigma", "slack"):
                 continue
             if not is_number or not least <= value < np.inf or (not value and name != "slack"):
-                raise ValueError(f"{name} must be a number above {least}, not {value!r}")
+                wanted = "of at least 0" if name == "slack" else from_least(least)
+                raise ValueError(f"{name} must be a number {wanted}, not {value!r}")
         if isinstance(self.points, bool) or self.points < 2:
             raise ValueError(f"points must be a whole number from 2, not {self.points!r}")
 

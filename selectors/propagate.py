@@ -4,12 +4,9 @@ Shapes: n rows, m rows with weights, k neighbours.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float64
 from numpy import ndarray
 
@@ -89,37 +86,10 @@ class Propagate(Weighing):
             need_score(table, self.column)
             parts = [score_column(batch, self.column) for batch in table.scan([self.column])]
             return np.concatenate(parts).astype(np.float64)
-        assert self.manifest is not None, "checked above"
-        return manifest_weights(table, self.manifest)
-
-
-def manifest_weights(table: Table, folder: str) -> Float64[ndarray, " n"]:
-    """Return the weights that a manifest gives the table's rows, NaN for rows that it leaves out.
-
-    Raises:
-        ValueError: there is no manifest, it has no weights, or has rows that the table lacks.
-    """
-    files = sorted(Path(folder).glob("part-*.parquet"))
-    if not files:
-        raise ValueError(f"{folder} holds no manifest; give the folder that `curate select` wrote")
-    parts = [pq.read_table(file, columns=["shard", "row", "weight"]) for file in files]
-    given = pa.concat_tables(parts)
-    if given["weight"].null_count:
-        raise ValueError(f"the manifest {folder} has no weights to spread")
-    places = zip(given["shard"].to_pylist(), given["row"].to_pylist(), strict=True)
-    at = dict(zip(places, given["weight"].to_pylist(), strict=True))
-    values, start = np.full(table.rows, np.nan), 0
-    for batch in table.scan(["shard", "row"]):
-        shard, row = (batch.column(name).to_pylist() for name in ("shard", "row"))
-        for i, place in enumerate(zip(shard, row, strict=True)):
-            values[start + i] = at.pop(place, np.nan)
-        start += batch.num_rows
-    if at:
-        shard, row = min(at)
-        raise ValueError(
-            f"the manifest {folder} holds row {row} of shard {shard}, which the score table lacks"
-        )
-    return values
+        read = getattr(table, "manifest_weights", None)
+        if read is None:
+            raise ValueError("the table knows no manifest; give its weights as a column")
+        return np.asarray(read())
 
 
 def spread(

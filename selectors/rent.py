@@ -60,6 +60,8 @@ class Rent(Weighing):
             )
         if self.estimate not in (None, "anchor", "confident"):
             raise ValueError(f"estimate must be anchor or confident, not {self.estimate!r}")
+        if isinstance(self.classes, str):
+            raise ValueError(f"classes must be a list of names, [a, b], not {self.classes!r}")
         if self.noise is not None:
             symmetric(self.noise, 2)  # says what is wrong with a rate
 
@@ -98,6 +100,8 @@ class Rent(Weighing):
         if isinstance(self.transition, str):
             return read_transition(self.transition)
         if self.transition is not None:
+            if len({len(row) for row in self.transition}) > 1:
+                raise ValueError("transition: the rows of the matrix differ in length")
             return checked(np.array(self.transition, dtype=np.float64), "the matrix")
         return None
 
@@ -112,6 +116,8 @@ class Rent(Weighing):
         """Return labels as places in the probabilities."""
         names = range(classes) if self.classes is None else self.classes
         number = {str(name): i for i, name in enumerate(names)}
+        if len(number) < len(names):
+            raise ValueError("classes names a class twice")
         if len(number) != classes:
             raise ValueError(f"classes names {len(number)} classes, the transition has {classes}")
         if strange := sorted(set(rows.groups) - number.keys()):

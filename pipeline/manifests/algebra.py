@@ -322,11 +322,16 @@ def _one_corpus(manifests: Sequence[Manifest]) -> None:
     first = manifests[0]
     for other in manifests[1:]:
         ours, theirs = first.content["corpus"], other.content["corpus"]
-        if _shards(ours) != _shards(theirs):
+        if not same_data(ours, theirs):
             raise ValueError(
                 f"{first.path} selects from {_place(ours)} and {other.path} from {_place(theirs)}: "
                 "not the same data; `curate manifest mix` makes a mixture of several corpora"
             )
+
+
+def same_data(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Tell whether two descriptions of a corpus are of the same shards, wherever these lie."""
+    return _shards(ours) == _shards(theirs)
 
 
 def _shards(description: dict[str, Any]) -> list[Any]:

@@ -90,6 +90,10 @@ class Census:
         """A column of the target's rows; AttributeError for a table without vectors."""
         return self._table.target_values(column)  # type: ignore[attr-defined]
 
+    def manifest_weights(self) -> Any:
+        """Weights of the method's manifest; AttributeError for a table without vectors."""
+        return self._table.manifest_weights()  # type: ignore[attr-defined]
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are counted."""

@@ -388,6 +388,7 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         "scheduled",
         "vectors",
         "target_vectors",
+        "weights_of",
     }
     for key, new in asked["selection"].items():
         old = there["selection"].get(key)

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from jaxtyping import Float64
+from numpy import ndarray
 
+from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.vectors.column import Column
 from curate.pipeline.vectors.hashed import Hashed
+from curate.pipeline.vectors.manifest_weights import table_weights, weighted_manifest
 from curate.pipeline.vectors.npy import NpyFile
 from curate.pipeline.vectors.source import Source, Wanted
 from curate.pipeline.vectors.stored import Stored, is_store
@@ -21,8 +26,15 @@ SOURCES = "embedding, sketch, column:NAME, FILE.npy, encoder:FOLDER or hash:NAME
 class TableWithVectors:
     """A table and vectors in its order, read when they are first asked for."""
 
-    def __init__(self, table: Table, vectors: Source, target: Source | None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        vectors: Source,
+        target: Source | None,
+        weighted: Manifest | None = None,
+    ) -> None:
         self._table, self._vectors, self._target = table, vectors, target
+        self._weighted = weighted
 
     @property
     def rows(self) -> int:
@@ -51,6 +63,15 @@ class TableWithVectors:
                 f"--vectors {self.vectors.dimension}; both must come from the same encoder"
             )
         return target
+
+    def manifest_weights(self) -> Float64[ndarray, " n"]:
+        """Return each row's weight in the manifest that the method names, NaN where it has none.
+
+        Raises:
+            ValueError: the manifest has rows that the table lacks.
+        """
+        assert self._weighted is not None, "the method names a manifest"
+        return table_weights(self._weighted, self._table)
 
     def target_values(self, column: str) -> pa.Array:
         """Return a column of the target's rows, in the order of its vectors.
@@ -81,11 +102,12 @@ def with_vectors(
     """Return the table with the vectors asked for, and what the manifest says of them.
 
     A method that compares vectors has `uses_vectors`, one that needs a target `uses_target`, one
-    that can do with or without one `takes_target`.
+    that can do with or without one `takes_target`. One whose setting `manifest` names a manifest
+    gets the weights of that.
 
     Raises:
         ValueError: the method needs vectors that are not named or names what it has no use for,
-            or a source is none.
+            a source is none, or the manifest has no weights or is of other data.
     """
     uses, uses_target, takes_target = (
         bool(getattr(selector, name, False))
@@ -115,7 +137,11 @@ def with_vectors(
     if target_vectors is not None:
         aim = find_source(target_vectors, Wanted(scores, is_target=True, elsewhere=target))
         content["target_vectors"] = aim.content
-    return TableWithVectors(table, source, aim), content
+    weighted = None
+    if (named := getattr(selector, "manifest", None)) is not None:
+        weighted = weighted_manifest(named, scores)
+        content["weights_of"] = {"source": named, "digest": f"sha256:{weighted.digest}"}
+    return TableWithVectors(table, source, aim, weighted), content
 
 
 def find_source(text: str, wanted: Wanted) -> Source:
@@ -133,7 +159,9 @@ def find_source(text: str, wanted: Wanted) -> Source:
         from curate.pipeline.vectors.encoder import Encoder  # brings torch
 
         folder, at, column = name.rpartition("@")
-        return Encoder(folder, wanted, column) if at else Encoder(name, wanted)
+        if at and not Path(name).is_dir():
+            return Encoder(folder, wanted, column)
+        return Encoder(name, wanted)
     if is_store(text):
         return Stored(text, wanted)
     if text.endswith(".npy"):

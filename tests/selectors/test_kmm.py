@@ -169,12 +169,23 @@ def test_clusters_share_a_weight_and_a_draw_follows_the_weights(table):
     assert np.mean(means) > 0.6
 
 
+@pytest.mark.parametrize(("double", "slack"), [(1, 0.2), (4, 0.0), (100, 0.05)])
+def test_a_bound_that_leaves_no_weights_is_refused(double, slack):
+    """All beta at bound / sqrt(D) and all alpha at 1 / sqrt(D) are as near as means can be."""
+    source, target = shifted(14, 10)
+    least = 1 - slack * np.sqrt(double)
+    with pytest.raises(ValueError, match="raise bound or slack"):
+        match(source, target, 0.8, least - 0.01, double, slack)
+    beta = match(source, target, 0.8, least + 0.01, double, slack).beta
+    np.testing.assert_allclose(beta, least / np.sqrt(double), atol=0.15 / np.sqrt(double))
+
+
 def test_wrong_settings_are_refused():
     for settings_, said in (
-        ({"D": 0.5}, "D must be"),
+        ({"D": 0.5}, "D must be a number of at least 1"),
         ({"bound": 0}, "bound must be"),
         ({"sigma": 0.0}, "sigma must be"),
-        ({"slack": -1.0}, "slack must be"),
+        ({"slack": -1.0}, "slack must be a number of at least 0"),
         ({"points": 1}, "points must be"),
         ({"use": "both"}, "use must be"),
         ({"unbiased": True}, "choose one"),

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from curate.selectors.propagate import Propagate, spread
@@ -93,29 +92,17 @@ def test_bad_weights_are_refused(table, make_table):
         Propagate()
 
 
-def write_manifest(folder, places, weights):
-    for part, of in enumerate(np.array_split(np.arange(len(places)), 2)):
-        columns = {
-            "shard": pa.array(places[of] // 10, pa.int32()),
-            "row": pa.array(places[of] % 10, pa.int64()),
-            "weight": pa.array([weights[i] for i in of], pa.float32()),
-        }
-        pq.write_table(pa.table(columns), folder / f"part-{part:05d}.parquet")
-    return str(folder)
-
-
-def test_a_manifests_weights_are_those_of_a_column(table, tmp_path):
+def test_a_manifests_weights_are_those_of_a_column(table):
     _, at, weights = some()
-    folder = write_manifest(tmp_path, at, weights)
-    by_column, by_manifest = run(table), run(table, manifest=folder)
+    by_column = run(table)
+    given = np.full(40, np.nan)
+    given[at] = weights.astype(np.float32)
+    table.manifest_weights = lambda: given
+    by_manifest = run(table, manifest="a folder that the table reads")
     assert by_column[0].tolist() == by_manifest[0].tolist()
     np.testing.assert_allclose(by_column[1], by_manifest[1], rtol=1e-6)
 
 
-def test_manifests_that_do_not_fit_are_refused(table, tmp_path):
-    with pytest.raises(ValueError, match="holds no manifest"):
-        run(table, manifest=str(tmp_path))
-    with pytest.raises(ValueError, match="has no weights"):
-        run(table, manifest=write_manifest(tmp_path, np.array([3, 5]), [None, None]))
-    with pytest.raises(ValueError, match="holds row 4 of shard 7"):
-        run(table, manifest=write_manifest(tmp_path, np.array([3, 74]), [1.0, 1.0]))
+def test_a_table_that_reads_no_manifest_is_named(table):
+    with pytest.raises(ValueError, match="knows no manifest"):
+        run(table, manifest="folder")

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import gammaincinv
 
 from curate.selectors.dws import Dws, gammas, uniforms
 from curate.selectors.protocol import Budget
@@ -172,6 +173,20 @@ def test_dirichlet_weights_are_rents_in_the_mean_and_at_their_limits():
     assert one.max() / one.sum() > 0.99
 
 
+def test_a_concentration_near_zero_leaves_one_row_and_not_none():
+    w, uniform = np.full(40, 1.0), np.random.default_rng(9).random((400, 40))
+    for alpha in (1e-4, 1e-9, 1e-300):
+        draws = np.stack([gammas(alpha * w, u) for u in uniform])
+        assert (draws.max(axis=1) == 1).all()
+        # Each row is the one as often as any other: 400 draws of 40, 5 sigma.
+        counts = np.bincount(draws.argmax(axis=1), minlength=40)
+        assert counts.max() < 10 + 5 * np.sqrt(10)
+    # The logarithm's series meets the inverse where one takes over from the other.
+    ratios = gammas(np.full(3, 0.5), np.array([1e-11, 1.5e-10, 0.5]))
+    exact = gammaincinv(0.5, [1e-11, 1.5e-10, 0.5])
+    np.testing.assert_allclose(ratios, exact / exact[2], rtol=1e-9)
+
+
 def test_dirichlet_weights_are_a_function_of_the_seed_and_the_row(table):
     method = Dws("label", noise=0.3, alpha=3.0)
     place, weight, params = run(table, method)
@@ -186,12 +201,20 @@ def test_dirichlet_weights_are_a_function_of_the_seed_and_the_row(table):
     np.testing.assert_allclose(weight, drawn[place], rtol=1e-6)
 
 
+def test_ragged_matrices_and_classes_named_twice_are_refused(table):
+    with pytest.raises(ValueError, match="differ in length"):
+        run(table, Rent("label", transition=[[1, 0], [0]]))
+    with pytest.raises(ValueError, match="names a class twice"):
+        run(table, Rent("label", noise=0.1, classes=["a", "a", "b", "c"]))
+
+
 def test_wrong_settings_are_refused():
     for settings_, said in (
         ({}, "by one of noise"),
         ({"noise": 0.1, "estimate": "anchor"}, "by one of noise"),
         ({"noise": 1.5}, "noise rate must be"),
         ({"estimate": "guess"}, "estimate must be"),
+        ({"noise": 0.1, "classes": "abc"}, "a list of names"),
     ):
         with pytest.raises(ValueError, match=said):
             Rent("label", **settings_)

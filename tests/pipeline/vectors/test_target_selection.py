@@ -1,5 +1,6 @@
 """Methods that compare with a target or pass weights on, from a score table to a manifest."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,41 @@ def test_weights_of_a_coreset_reach_all_rows(scores, target, tmp_path):
     assert everything.content["selection"]["params"]["weighted_rows"] == 30
     spread = weights_of(tmp_path / "all")
     assert 0 < spread.std() <= weights_of(tmp_path / "few").std() * 1.5
+
+
+def spread_from(folder: Path, scores, out: Path, **more):
+    asked = {"budget": 1.0, "vectors": "column:fixed", "out": out, **more}
+    return curate.select(scores, method="propagate", params={"manifest": str(folder)}, **asked)
+
+
+def test_a_manifest_is_checked_before_its_weights_are_spread(scores, tmp_path, points):
+    with pytest.raises(ValueError, match="holds no manifest"):
+        spread_from(tmp_path / "none", scores, tmp_path / "m")
+    curate.select(scores, method="random", budget=9, out=tmp_path / "even")
+    with pytest.raises(ValueError, match="has no weights to spread"):
+        spread_from(tmp_path / "even", scores, tmp_path / "m")
+    few = tmp_path / "few"
+    curate.select(scores, method="leverage", vectors="column:fixed", budget=9, out=few)
+    kept = json.loads((few / "manifest.json").read_text())
+    other = {**kept["corpus"], "shards": kept["corpus"]["shards"][:1]}
+    (few / "manifest.json").write_text(json.dumps({**kept, "corpus": other}))
+    with pytest.raises(ValueError, match="not the same data"):
+        spread_from(few, scores, tmp_path / "m")
+    (few / "manifest.json").write_text(json.dumps(kept))
+    (few / "part-00000.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="was changed"):
+        spread_from(few, scores, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_another_manifest_in_the_same_folder_is_another_request(scores, tmp_path):
+    few, out = tmp_path / "few", tmp_path / "m"
+    draw = {"method": "leverage", "vectors": "column:fixed", "out": few}
+    curate.select(scores, budget=9, **draw)
+    one = spread_from(few, scores, out)
+    assert spread_from(few, scores, out).digest == one.digest
+    curate.select(scores, budget=12, overwrite=True, **draw)
+    with pytest.raises(ValueError, match="holds another selection"):
+        spread_from(few, scores, out)
+    again = spread_from(few, scores, out, overwrite=True)
+    assert again.content["selection"]["params"]["weighted_rows"] == 12
