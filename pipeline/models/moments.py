@@ -91,6 +91,10 @@ def read_moments(checkpoint: str | Path, model: nn.Module) -> Moments:
                     f"{path} holds moments of shape {list(moment.shape)} for {name}, which is "
                     f"{list(params[name].shape)}: it belongs to another model"
                 )
+        if not (found.mean[name].isfinite().all() and found.square[name].isfinite().all()):
+            raise ValueError(f"{path} holds moments of {name} that are not finite: train again")
+        if (found.square[name] < 0).any():
+            raise ValueError(f"{path} is damaged: exp_avg_sq of {name} is negative")
     return found
 
 

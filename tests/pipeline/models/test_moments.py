@@ -218,6 +218,26 @@ class TestTheTrainers:
         with pytest.raises(ValueError, match="cannot be read as an optimizer's state"):
             read_moments(tmp_path, model)
 
+    @pytest.mark.parametrize(
+        ("key", "value", "said"),
+        [
+            ("exp_avg", float("nan"), "not finite"),
+            ("exp_avg_sq", float("inf"), "not finite"),
+            ("exp_avg_sq", -1.0, "negative"),
+        ],
+    )
+    def test_moments_that_give_no_step_are_refused(
+        self, key: str, value: float, said: str, tmp_path: Path
+    ) -> None:
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.state[model.weight][key][0, 0] = value
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        with pytest.raises(ValueError, match=rf"optimizer.pt .*weight.*{said}"):
+            read_moments(tmp_path, model)
+
     def test_names_that_an_optimizer_was_given_are_used(self, tmp_path: Path) -> None:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         backwards = list(model.named_parameters())[::-1]
