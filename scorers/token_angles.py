@@ -55,6 +55,13 @@ def up_projection(model: nn.Module, layer: str) -> nn.Module:
     )
 
 
+NO_TOKEN = (
+    "there are no angles, as no token of the row's own is run: the last of a document predicts "
+    "nothing, so that behind a prompt it needs two"
+)
+"""Why a row's angles are NaN where its loss is a number."""
+
+
 class TokenAngles:
     """Reads the angles off forward passes."""
 

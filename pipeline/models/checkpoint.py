@@ -34,6 +34,7 @@ from curate.pipeline.models.adapters import (
 from curate.pipeline.models.huggingface import (
     architecture,
     architecture_name,
+    is_huggingface,
     is_transformer,
     pretrained,
 )
@@ -221,9 +222,11 @@ def load_model(checkpoint: Checkpoint, model: str | None = None) -> nn.Module:
     if is_adapter(checkpoint.path):
         base = base_folder([(checkpoint.path, checkpoint.model)], model)
         return load_adapted(checkpoint.path, base).eval()
-    # A factory may have changed what transformers would make of the configuration.
+    # A factory may have changed what transformers would make of the configuration; a folder of
+    # transformers tells no more than the checkpoint's own, and knows of no head put on later.
     has_config = (Path(checkpoint.path) / "config.json").is_file()
-    if model is None and has_config and not is_user_code(checkpoint.model):
+    is_own = not is_user_code(checkpoint.model) and (model is None or is_huggingface(model))
+    if has_config and is_own:
         made = architecture(checkpoint.path)
     else:
         made = make_model(model or checkpoint.model, **checkpoint.model_args)

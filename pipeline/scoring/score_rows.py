@@ -28,7 +28,8 @@ from curate.pipeline.scoring.work import (
     text_signals,
 )
 from curate.pipeline.training.records import read_records
-from curate.scorers.protocol import GROUP_KINDS, RECORD_KINDS, SPREAD_KINDS, Signal
+from curate.scorers.protocol import ANGLE_KINDS, GROUP_KINDS, RECORD_KINDS, SPREAD_KINDS, Signal
+from curate.scorers.token_angles import NO_TOKEN
 
 Records = dict[int, dict[Signal, np.ndarray]]
 """Seed -> signal -> float64 value of each row; NaN where training did not see the row."""
@@ -171,6 +172,8 @@ class ScoreRows:
                 return f"the loss is {loss} at checkpoint {checkpoint.path.rsplit('/', 1)[-1]}"
         if (said := not_finite_at_reference(self.work, reading)) is not None:
             return said
+        if any(s.kind in ANGLE_KINDS and x.isnan().any() for s, x in reading.items()):
+            return NO_TOKEN
         for alias, scorer in self.reduction.scorers.items():
             if reads_model(scorer):
                 value = self.reduction.by_seed(alias, reading, {}, np.zeros(1, int)).mean()

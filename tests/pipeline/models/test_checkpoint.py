@@ -327,6 +327,26 @@ def test_a_users_changes_to_a_transformer_are_not_lost(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in made.state_dict().items())
 
 
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "LlamaForTokenClassification"])
+def test_a_folder_of_transformers_beside_a_trainers_checkpoint_changes_nothing(
+    tmp_path: Path, head: str
+) -> None:
+    """The checkpoint's own configuration names its head; nothing else tells which it is."""
+    transformers = pytest.importorskip("transformers")
+    small = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, num_labels=3,
+    )  # fmt: skip
+    base, tuned = tmp_path / "base", tmp_path / "run" / "checkpoint-5"
+    transformers.LlamaForCausalLM(small).save_pretrained(base)
+    made = getattr(transformers, head)(small)
+    made.save_pretrained(tuned)
+    found = load_model(read_checkpoint(tuned), str(base))
+    assert type(found).__name__ == head
+    own = made.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in found.state_dict().items())
+
+
 KILLED = """
 import sys, torch
 from curate.pipeline.models.checkpoint import save_checkpoint

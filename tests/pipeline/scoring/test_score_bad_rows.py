@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from curate.pipeline.scoring.score import score
 from curate.pipeline.scoring.score_table import ScoreTable, read_receipt
 from curate.pipeline.scoring.score_unit import RunError
 from curate.pipeline.scoring.windows import encode_rows
+from curate.pipeline.training.train import train
 
 Make = Callable[..., str]
 REFUSED, CHOKES = 661.0, 662.0
@@ -207,3 +209,23 @@ def test_encoding_takes_out_what_cannot_be_encoded() -> None:
     assert errors == dict.fromkeys((3, 4, 19), "three, four and nineteen")
     nothing, good, errors = encode_rows(encode, rows.slice(3, 2))
     assert nothing is None and not len(good) and set(errors) == {0, 1}
+
+
+def test_an_answer_of_one_token_has_no_angles_and_is_told_why(tmp_path: Path) -> None:
+    """It is a target, but the model is not run on it."""
+    rows = {"ask": [[1, 2], [3], [4, 5]], "answer": [[6], [7, 8], [9, 1, 2]]}
+    tokens = {name: pa.array(of, pa.list_(pa.int32())) for name, of in rows.items()}
+    pq.write_table(pa.table(tokens), tmp_path / "corpus.parquet")
+    corpus = str(tmp_path / "corpus.parquet")
+    (checkpoint,) = train(
+        corpus, model="gpt", seeds=1, steps=1, save_steps=[1], out=tmp_path / "run",
+        task="causal_lm", task_options={"inputs": "answer", "prompt": "ask"}, progress=False,
+    )  # fmt: skip
+    table = score(
+        corpus, checkpoints=checkpoint.path, scorers="angle_concentration", progress=False,
+        out=str(tmp_path / "scores"),
+    )  # fmt: skip
+    assert isinstance(table, ScoreTable)
+    errors = whole(table)["error"].to_pylist()
+    assert errors[0] is not None and "behind a prompt it needs two" in errors[0]
+    assert errors[1:] == [None, None]
