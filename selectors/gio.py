@@ -16,7 +16,7 @@ from curate.selectors.gio_stop import Limits
 from curate.selectors.picks import Candidates, candidates, picked
 from curate.selectors.protocol import Budget, Selection, Table
 from curate.selectors.quantise import SAMPLE
-from curate.selectors.vectors import Vectors, VectorTable, finite_rows, part_of
+from curate.selectors.vectors import Vectors, VectorTable, part_of, usable_target
 
 log = logging.getLogger("curate.selectors")
 
@@ -182,7 +182,8 @@ class Gio:
         compared = cast(VectorTable, table)
         if compared.target is None:
             raise ValueError("gio compares with a target set: name its vectors, --target-vectors")
-        target = part_of(compared.target, np.flatnonzero(finite_rows(compared.target)))
+        target = usable_target(compared)
+        assert target is not None, "the table has a target"
         pool, base = np.arange(len(able)), None
         if self.base is not None:
             is_base = _flags(table, self.base)[able.places]

@@ -19,6 +19,7 @@ from curate.selectors.kl_growing import AllNeighborsKl, GrowingKl, LthNeighborKl
 
 VARIANTS = ("official", "l-nn")
 BEGINNINGS = ("mean", "prev_opt", "jump")
+RUNAWAY = 1e100  # coordinates whose squares a double still holds
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def search(
     `is_enough(row)` hears of each accepted row and ends the search by returning true.
 
     Raises:
-        ValueError: too few target rows for k, or too few start rows.
+        ValueError: too few target rows for k, or too few start rows, or the descent runs to
+            infinity.
     """
     kl = objective.growing(target, start)
     is_published = objective.variant == "official"
@@ -184,6 +186,10 @@ def _descended(
         if total == 0:
             return v
         v = v - lr * (1 / total if scale is None else scale) * gradient
+        if not np.abs(v).max() < RUNAWAY:
+            raise ValueError(
+                "the descent of gio runs to infinity; give a smaller scale_factor or lr"
+            )
     return v
 
 

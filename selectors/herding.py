@@ -12,6 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided
+from curate.selectors.inner_products import inner_products, row_sum
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.vectors import (
@@ -20,6 +21,7 @@ from curate.selectors.vectors import (
     UnitVectors,
     Vectors,
     VectorTable,
+    square_norms,
     usable_target,
 )
 
@@ -72,15 +74,13 @@ def herd(
     float64 decides among them, equal ones in order.
     """
     rest = _Moved(vectors, mean)
-    own = np.concatenate([_squares(block) for block in rest.blocks()])
+    own = square_norms(rest)
     # What a float32 product of D terms may be off, over both lengths (Higham 2002, section 3.1).
     slack = 2 * np.sqrt(own) * (vectors.dimension + 2) * 2.0**-23
     order: list[int] = []
     total, is_open = np.zeros(len(mean)), np.ones(vectors.rows, dtype=bool)
     while len(order) < vectors.rows:
-        narrow = total.astype(np.float32)
-        products = np.concatenate([block @ narrow for block in rest.blocks()])
-        away = np.where(is_open, own + 2 * products.astype(np.float64), np.inf)
+        away = np.where(is_open, own + 2 * inner_products(rest, total), np.inf)
         off = slack * np.linalg.norm(total)
         close = np.flatnonzero(away - off <= (away + off).min())
         exact = own[close] + 2 * (rest.take(close).astype(np.float64) @ total)
@@ -121,13 +121,6 @@ class _Moved:
         return np.asarray(block - self._mean, dtype=np.float32)
 
 
-def _squares(block: Float32[ndarray, "b d"]) -> Float64[ndarray, " b"]:
-    return np.asarray(np.square(block, dtype=np.float64).sum(axis=1))
-
-
 def mean_of(vectors: Vectors) -> Float64[ndarray, " d"]:
     """Return the mean vector, summed in float64; one pass."""
-    total = np.zeros(vectors.dimension)
-    for block in vectors.blocks():
-        total += block.sum(axis=0, dtype=np.float64)
-    return total / vectors.rows
+    return row_sum(vectors) / vectors.rows

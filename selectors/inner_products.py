@@ -8,10 +8,14 @@ from curate.selectors.vectors import Vectors
 
 
 def inner_products(vectors: Vectors, direction: Float64[ndarray, " d"]) -> Float64[ndarray, " n"]:
-    """Return <v_i, direction> of every row; products in float32, one pass."""
-    narrow = direction.astype(np.float32)
+    """Return <v_i, direction> of every row; products in float32, one pass.
+
+    The direction is scaled first, so that products of tiny gradients do not vanish.
+    """
+    scale = float(np.abs(direction).max(initial=0)) or 1.0
+    narrow = (direction / scale).astype(np.float32)
     parts = [(block @ narrow).astype(np.float64) for block in vectors.blocks()]
-    return np.concatenate(parts) if parts else np.empty(0)
+    return np.concatenate(parts) * scale if parts else np.empty(0)
 
 
 def row_sum(vectors: Vectors) -> Float64[ndarray, " d"]:

@@ -24,7 +24,8 @@ class KCenter(Divided):
 
     Gonzalez 1985; Sener and Savarese 2018 (arXiv:1708.00489, algorithm 1). The largest distance of
     a row from its nearest chosen one, recorded as `radius`, is at most twice the smallest possible
-    for as many rows (times as many groups, where there are groups). `metric="cosine"` measures
+    for as many rows (times as many groups, where there are groups); null where the budget leaves
+    a group or cell without any. `metric="cosine"` measures
     sqrt(2 - 2 cos), `"euclidean"` the vectors as they are. `start="random"` draws the first row,
     `"mean"` takes the one nearest the mean. Target vectors, where they are given, are rows one has
     already: they count as chosen, and there is no start.
@@ -62,7 +63,9 @@ class KCenter(Divided):
             most = max(most, cells)
         chosen = np.concatenate(places)
         ranks = None if self.by_group is not None else np.arange(len(chosen))
-        return picked(table, chosen, ranks=ranks, params={"radius": max(radii), "used_cells": most})
+        # A group or cell whose first row is larger than its budget has no centre.
+        largest = max(radii) if np.isfinite(radii).all() else None
+        return picked(table, chosen, ranks=ranks, params={"radius": largest, "used_cells": most})
 
     def _spread(
         self, part: Part, base: Vectors | None, seed: int

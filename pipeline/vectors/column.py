@@ -67,9 +67,10 @@ class Column:
             odd = np.flatnonzero((widths != dimension) | (widths == 0))
             if len(odd):
                 row = at + int(np.flatnonzero(there)[odd[0]])
+                before = f" and {dimension} in the rows before" if dimension else ""
                 raise ValueError(
                     f"{self.wanted.flag}: column {self.name!r} has {widths[odd[0]]} numbers in row "
-                    f"{row} of {self.wanted.corpus.uri} and {dimension} in the rows before; "
+                    f"{row} of {self.wanted.corpus.uri}{before}; "
                     "vectors must be of one length, at least 1"
                 )
             at += len(lists)

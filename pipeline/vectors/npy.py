@@ -25,8 +25,11 @@ class NpyFile:
     def __post_init__(self) -> None:
         array, wanted = self._mapped(), self.wanted
         if wanted.rows is not None and len(array) != wanted.rows:
+            whose = f"target {wanted.corpus.uri}"
+            if not wanted.is_target:
+                whose = f"score table {wanted.scores.path}"
             raise ValueError(
-                f"{self.path} holds {len(array)} vectors, the score table {wanted.scores.path} "
+                f"{self.path} holds {len(array)} vectors, the {whose} "
                 f"has {wanted.rows} rows; give one vector for each row, NaN where there is none"
             )
         if not len(array):
@@ -49,6 +52,8 @@ class NpyFile:
             raise ValueError(f"{self.wanted.flag}: there is no file {self.path}") from None
         except (ValueError, OSError, EOFError) as problem:
             said = str(problem).split("\n")[0].rstrip(".")
+            if "allow_pickle" in said:  # NumPy takes any other file for a pickle
+                said = "it was not written by numpy.save"
             raise ValueError(
                 f"{self.wanted.flag}: {self.path} is no array of vectors: {said}"
             ) from None

@@ -20,7 +20,7 @@ from curate.pipeline.vectors.stored import Stored, is_store
 from curate.selectors.protocol import Selector, Table
 from curate.selectors.vectors import Vectors
 
-SOURCES = "embedding, sketch, column:NAME, FILE.npy, encoder:FOLDER or hash:NAME"
+SOURCES = "embedding, sketch, probs, column:NAME, FILE.npy, encoder:FOLDER or hash:NAME"
 
 
 class TableWithVectors:

@@ -47,7 +47,9 @@ class Wanted:
     @property
     def rows(self) -> int | None:
         """How many there must be; None where any number will do."""
-        return None if self.is_target else self.scores.rows
+        if not self.is_target:
+            return self.scores.rows
+        return None if self.elsewhere is None else self.corpus.rows
 
     @cached_property
     def corpus(self) -> Corpus:

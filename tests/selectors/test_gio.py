@@ -56,6 +56,17 @@ def ranks_of(selection: Selection) -> np.ndarray:
     return np.concatenate([b.column("rank").to_numpy() for b in selection.batches])
 
 
+def test_a_target_without_a_vector_is_said(table) -> None:
+    table.target = ArrayVectors(np.full((4, 8), np.nan))
+    with pytest.raises(ValueError, match="no row of the target has a vector"):
+        Gio().select(table, WHOLE, np.random.default_rng(0))
+
+
+def test_a_descent_to_infinity_is_said(select) -> None:
+    with pytest.raises(ValueError, match="runs to infinity; give a smaller scale_factor"):
+        select(Budget("rows", 50), scale_factor=1e200)
+
+
 @pytest.mark.parametrize("variant", ["official", "l-nn"])
 class TestBoth:
     def test_the_targets_cloud_comes_first(self, select, variant: str) -> None:
@@ -163,7 +174,7 @@ def test_bad_input_is_one_sentence(select, table) -> None:
         with pytest.raises(ValueError, match=words):
             select(Budget("rows", 9), **settings)
     table.target = ArrayVectors(np.zeros((9, 5)))
-    with pytest.raises(ValueError, match="5 dimensions and the pool's 8"):
+    with pytest.raises(ValueError, match="5 dimensions, the rows' 8"):
         select(Budget("rows", 9))
     table.target = None
     with pytest.raises(ValueError, match="--target-vectors"):

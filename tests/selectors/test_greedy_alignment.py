@@ -60,6 +60,13 @@ def test_cosines_do_not_depend_on_the_lengths_of_the_target_and_of_all_rows():
     assert run(points, target, 9) == run(points, 1e-6 * target, 9) == run(8 * points, target, 9)
 
 
+def test_tiny_gradients_are_compared_as_long_ones_are():
+    points = np.random.default_rng(4).normal(size=(40, 6)).astype(np.float32)
+    tiny = points * np.float32(2.0**-75)  # exact, and a product of two is 0 in float32
+    target = np.random.default_rng(5).normal(size=6)
+    assert run(tiny, target, 15) == run(points, target, 15)
+
+
 def test_the_second_row_balances_the_first():
     # Alone (1, 1) beats (0, 1) by cosine; after (1, 0.2) the row (0, 1) is worse than (0.1, 0.8).
     points = np.array([[1.0, 0.2], [0.0, 1.0], [0.1, 0.8], [-1, -1]])

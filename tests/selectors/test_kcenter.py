@@ -209,6 +209,15 @@ class TestSelector:
         chosen = kept(KCenter().select(table, Budget("tokens", 50), np.random.default_rng(0)))
         assert 50 - 8 < tokens[chosen].sum() <= 50
 
+    def test_there_is_no_radius_where_a_group_has_no_room_for_its_first_row(self, make_table):
+        tokens, label = pa.array([90, 90, 1, 1], pa.int32()), pa.array(["a", "a", "b", "b"])
+        table = make_table(np.zeros(4), tokens=tokens, label=label)
+        table.vectors, table.target = ArrayVectors(np.eye(4, dtype=np.float32)), None
+        selector = KCenter(by_group="label", group_shares="equal", start="mean")
+        selection = selector.select(table, Budget("tokens", 2), np.random.default_rng(0))
+        assert [batch["row"].to_pylist() for batch in selection.batches] == [[2]]
+        assert selection.params["radius"] is None  # a number that JSON can hold
+
     def test_wrong_settings_are_refused(self):
         for wrong in ({"metric": "dot"}, {"start": "first"}, {"cells": 0}):
             with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -88,8 +88,15 @@ class TestSources:
         with pytest.raises(ValueError, match=r"99 vectors, the score table .* has 100 rows"):
             read(str(path), scores)
         assert read(str(path), scores, is_target=True).rows == 99
+        with pytest.raises(ValueError, match=r"99 vectors, the target .* has 100 rows"):
+            read(str(path), scores, is_target=True, elsewhere=scores.corpus["uri"])
+        with pytest.raises(ValueError, match="no such file or folder"):
+            read(str(path), scores, is_target=True, elsewhere=str(tmp_path / "none"))
         path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(ValueError, match=re.escape(str(path))):
+            read(str(path), scores)
+        path.write_text("hello")
+        with pytest.raises(ValueError, match="not written by numpy"):
             read(str(path), scores)
         np.save(path, np.array(["a"] * 100))
         with pytest.raises(ValueError, match="no array of vectors"):
