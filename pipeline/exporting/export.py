@@ -24,6 +24,7 @@ log = logging.getLogger("curate.export")
 
 FORMAT, VERSION = "curate.export", 1
 PLAN, SUCCESS = f"{OWN}/plan.json", "_SUCCESS"
+SAID = frozenset({"to", "manifest", "rows", "weight_kind", "epoch", "files"})
 RAY_BYTES = 4 << 30
 """A selection of about more bytes than this goes to Ray by default."""
 
@@ -117,8 +118,15 @@ def export(
 
 
 def read_success(folder: Folder) -> dict[str, Any]:
-    """Return what `_SUCCESS` says. FileNotFoundError for an unfinished export."""
+    """Return what `_SUCCESS` says. FileNotFoundError for an unfinished export.
+
+    Raises:
+        ValueError: the file is not what an export writes.
+    """
     success: dict[str, Any] = folder.read_json(SUCCESS)
+    is_whole = isinstance(success, dict) and success.keys() >= SAID
+    if not is_whole or not isinstance(success["files"], dict):
+        raise ValueError(f"{folder.uri}/{SUCCESS} is damaged; run `curate export --overwrite`")
     return success
 
 

@@ -24,6 +24,7 @@ from curate.pipeline.exporting.export import export, verify_export
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.manifests.rescheduled import schedule
 from curate.pipeline.reading.corpus import open_corpus
+from curate.pipeline.reporting.inspect import inspect_export
 from curate.pipeline.storing import commit
 from curate.pipeline.storing.storage import Folder, NoSpaceError
 
@@ -312,6 +313,16 @@ def test_damage_is_found(make_selection, tmp_path):
     assert len(problems) == 2
     assert "part-00001.parquet was changed" in problems[0]
     assert "part-00002.parquet is missing" in problems[1]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}'])
+def test_a_success_file_that_is_none_is_said_to_be_damaged(make_selection, tmp_path, text):
+    export(make_selection(), "parquet", tmp_path / "out")
+    (tmp_path / "out" / "_SUCCESS").write_text(text)
+    with pytest.raises(ValueError, match="_SUCCESS is damaged"):
+        verify_export(tmp_path / "out")
+    with pytest.raises(ValueError, match="_SUCCESS is damaged"):
+        inspect_export(tmp_path / "out")
 
 
 class TestBadInput:
