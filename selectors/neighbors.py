@@ -177,8 +177,9 @@ def strongest(
     """Return the k largest inner products of each query with rows of the blocks [n, d], and which.
 
     Exact, in one pass over the blocks: memory is one block's and the answer's. Rows count through
-    the blocks; those with NaN are passed over. Equal products come in the order of the rows; where
-    there are fewer than k rows the rest is -inf, of row -1.
+    the blocks; those with NaN are passed over. Equal products come in the order of the rows, and
+    where k cuts through them any of them may be named; where there are fewer than k rows the rest
+    is -inf, of row -1.
 
     Raises:
         RuntimeError: FAISS is not installed.

@@ -3,6 +3,8 @@
 Shapes: B rows, K checkpoints, L layers, W numbers of a vector at one checkpoint.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +14,6 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from curate.pipeline.scoring.store_plan import StorePlan
 from curate.pipeline.scoring.work import Work, learning_rate_weights
 from curate.pipeline.stores.layout import At, Layer, Layout, layers_of
 from curate.scorers.engine import Engine
@@ -70,6 +71,7 @@ class StorePass:
         self.signals = self.plan.signals
         self.places = {name: _places(work, name) for name in self.plan.names}
         self.layers: dict[str, tuple[Layer, ...]] = {}
+        self.how = dict(self.plan.sketch)
 
     def ready(self, engine: Engine) -> None:
         """Tell the engine which sketch is meant."""
@@ -79,13 +81,16 @@ class StorePass:
         """Take note of the layers that vectors have."""
         for name, signal in self.signals.items():
             width = reading[signal].shape[1]
-            kind = self.plan.kind
-            if name == "sketch" and isinstance(kind, TwoSidedSketch):
-                own, size = named_parameters(engine.model), kind.k[0] * kind.k[1]
-                names = engine.sketched(signal.params)
-                self.layers[name] = layers_of([(n, size, tuple(own[n].shape)) for n in names])
-            else:
-                self.layers[name] = layers_of([("", width, ())])
+            self.layers[name] = layers_of([("", width, ())])
+            if name == "sketch":
+                kind, own = self.plan.kind, named_parameters(engine.model)
+                shapes = [(n, tuple(own[n].shape)) for n in engine.sketched(signal.params)]
+                if isinstance(kind, TwoSidedSketch):
+                    size = kind.k[0] * kind.k[1]
+                    self.layers[name] = layers_of([(n, size, shape) for n, shape in shapes])
+                else:
+                    said = json.dumps(shapes, separators=(",", ":")).encode()
+                    self.how["parameters"] = hashlib.sha256(said).hexdigest()[:16]
 
     def take(
         self, engine: Engine, k: int, reading: dict[Signal, Tensor], held: Held
@@ -112,21 +117,15 @@ class StorePass:
 
     def whole_row_bytes(self, work: Work) -> int:
         """Return what a row of work with other checkpoints takes, its layers being these."""
-        layouts = [layout_of(work, self.plan, n, layers) for n, layers in self.layers.items()]
-        return sum(layout.row_bytes for layout in layouts)
+        return sum(self._layout(work, name).row_bytes for name in self.layers)
 
     def layouts(self) -> dict[str, Layout]:
         """Return each store's layout, by name."""
-        return {
-            name: layout_of(self.work, self.plan, name, self.layers[name])
-            for name in self.plan.names
-        }
+        return {name: self._layout(self.work, name) for name in self.plan.names}
 
-
-def layout_of(work: Work, plan: StorePlan, name: str, layers: tuple[Layer, ...]) -> Layout:
-    """Return what the store holds over the work's checkpoints."""
-    how = plan.sketch if name == "sketch" else {}
-    return Layout(name, how, tuple(_at(work, k, name) for k in _places(work, name)), layers)
+    def _layout(self, work: Work, name: str) -> Layout:
+        at = tuple(_at(work, k, name) for k in _places(work, name))
+        return Layout(name, self.how if name == "sketch" else {}, at, self.layers[name])
 
 
 def _places(work: Work, name: str) -> list[int]:

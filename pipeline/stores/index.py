@@ -118,8 +118,12 @@ def build_index(
     if not overwrite and table.folder.exists(described):
         before = table.folder.read_json(described)
         if asked.items() <= before.items():
-            log.info("%s is there already", table.folder.full_name(before["file"]))
-            return open_index(scores, name, similarity=similarity)
+            try:
+                found = open_index(scores, name, similarity=similarity)
+                log.info("%s is there already", table.folder.full_name(before["file"]))
+                return found
+            except ValueError as damaged:
+                log.warning("made again: %s", damaged)
     made: dict[str, Any]
     if kind == "flat":
         index, made = VectorIndex.flat(store.dimension, _metric(similarity)), {}
@@ -171,7 +175,9 @@ def open_index(
 def check_index(folder: Folder, described: str, table: ScoreTable) -> str | None:
     """Return what is wrong with an index, by its JSON's name; None where nothing is."""
     said = folder.read_json(described)
-    if said.get("digest") != _digest(table, said["store"]):
+    if said.get("format") != FORMAT or not {"digest", "store", "file", "sha256"} <= said.keys():
+        return f"{folder.full_name(described)} describes no index"
+    if said["digest"] != _digest(table, said["store"]):
         return f"{folder.full_name(described)} is of vectors that are no longer there"
     if sha256_in(folder, said["file"]) != said["sha256"]:
         return f"{folder.full_name(said['file'])} was changed: another sha256"

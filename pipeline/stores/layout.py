@@ -47,7 +47,8 @@ class At:
 class Layout:
     """What a store holds, the same for all its files.
 
-    `how` tells how vectors were made: of sketches `kind`, `k`, `jl`, `seed`, `params`; empty
+    `how` tells how vectors were made: of sketches `kind`, `k`, `jl`, `seed`, `params` and, where
+    all parameters share one layer, `parameters`, a digest of their names and shapes; empty
     otherwise. Stores with equal `how` and layers were multiplied by the same signs, whoever made
     them, so their inner products estimate those of gradients.
     """
@@ -136,17 +137,12 @@ def check_comparable(ours: Layout, theirs: Layout, what: str, other: str) -> Non
     """
     if ours.name != theirs.name:
         raise ValueError(f"{what} holds {ours.name}, {other} holds {theirs.name}")
-    for key in ("kind", "k", "jl", "seed", "params"):
+    for key in ("kind", "k", "jl", "seed", "params", "parameters"):
         if ours.how.get(key) != theirs.how.get(key):
             raise ValueError(
                 f"{what} was made with {key}={ours.how.get(key)}, {other} with "
-                f"{key}={theirs.how.get(key)}: make both with the same --sketch"
+                f"{key}={theirs.how.get(key)}: make both with the same --sketch of one model"
             )
-    if len(ours.checkpoints) != len(theirs.checkpoints):
-        raise ValueError(
-            f"{what} is of {len(ours.checkpoints)} checkpoints, {other} of "
-            f"{len(theirs.checkpoints)}: choose as many of each"
-        )
     if len(ours.layers) != len(theirs.layers) or ours.width != theirs.width:
         raise ValueError(
             f"{what} has {len(ours.layers)} layers and {ours.width} numbers, {other} "

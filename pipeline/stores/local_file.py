@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from curate.pipeline.storing import commit
 from curate.pipeline.storing.storage import Folder
+
+BLOCK_BYTES = 8 << 20
 
 
 @contextlib.contextmanager
@@ -18,7 +21,8 @@ def local_copy(folder: Folder, name: str) -> Iterator[str]:
         yield str(path)
         return
     with tempfile.NamedTemporaryFile(prefix="curate-") as copy:
-        copy.write(folder.read(name))
+        with folder.open(name) as remote:
+            shutil.copyfileobj(remote, copy, BLOCK_BYTES)
         copy.flush()
         yield copy.name
 

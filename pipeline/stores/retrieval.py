@@ -7,6 +7,7 @@ import numpy as np
 
 from curate.pipeline.scoring.score_table import ScoreTable, part_name
 from curate.pipeline.stores.index import StoreIndex
+from curate.pipeline.stores.store import Store
 from curate.pipeline.storing.parquet import open_parquet
 
 
@@ -44,7 +45,7 @@ def neighbors(index: StoreIndex, table: ScoreTable, near: str, k: int) -> list[d
         if number not in (place, -1)
     ][:k]
     measure = "distance" if index.said["similarity"] == "euclidean" else "similarity"
-    return [{**_row(table, number), measure: value} for value, number in others]
+    return [{**_row(table, index.store, number), measure: value} for value, number in others]
 
 
 def _place(table: ScoreTable, near: str) -> int:
@@ -61,17 +62,11 @@ def _place(table: ScoreTable, near: str) -> int:
     raise ValueError(f"the score table {table.path} has no row {near}")
 
 
-def _row(table: ScoreTable, number: int) -> dict[str, Any]:
+def _row(table: ScoreTable, store: Store, number: int) -> dict[str, Any]:
     """Return shard, row and id of a place in the score table."""
-    start = 0
     wanted = [name for name in ("shard", "row", "id") if name in table.schema.names]
-    for unit in range(table.success["units"]):
-        with open_parquet(table.folder, part_name(unit)) as file:
-            rows = file.metadata.num_rows
-            if number < start + rows:
-                found: dict[str, Any] = (
-                    file.read(wanted, use_threads=False).slice(number - start, 1).to_pylist()[0]
-                )
-                return found
-        start += rows
-    raise AssertionError("a vector has a row")
+    unit, place = store.place(number)
+    with open_parquet(table.folder, part_name(unit)) as file:
+        part = file.read(wanted, use_threads=False)
+    found: dict[str, Any] = part.slice(place, 1).to_pylist()[0]
+    return found

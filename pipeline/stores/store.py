@@ -13,13 +13,17 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int64
 
-from curate.pipeline.scoring.score_table import ScoreTable
+from curate.pipeline.scoring.score_table import SUCCESS, ScoreTable, part_name
+from curate.pipeline.scoring.store_receipts import TARGET
 from curate.pipeline.stores.layout import RECEIPT, STORES, Layout, check_comparable
+from curate.pipeline.stores.local_file import local_copy
 from curate.pipeline.storing.storage import Folder
 
 BLOCK_BYTES = 32 << 20
 """float32 numbers of a block."""
 OPEN_FILES = 64
+COPIED_FILES = 2
+"""Of an object store: each is copied into the temporary folder while it is open."""
 
 
 def open_store(
@@ -72,7 +76,8 @@ def open_store(
 class Store:
     """Rows of vectors in the order of the score table, of any number; memory is one block's.
 
-    `parts` are file and rows of each unit in order, from 0 on; a unit without a file has no vectors.
+    `parts` are file and rows of each unit in order, from 0 on; a unit without a file has no
+    vectors.
     """
 
     def __init__(
@@ -149,6 +154,11 @@ class Store:
                 out[inside] = self._read(int(part)).vectors(rows, self)
         return out
 
+    def place(self, number: int) -> tuple[int, int]:
+        """Return the unit of a row, and its place in that unit's part."""
+        unit = int(np.searchsorted(self._edges, number, side="right")) - 1
+        return unit, number - int(self._edges[unit])
+
     def norms(self) -> Iterator[Float32[np.ndarray, "b k l"]]:
         """Yield the norms of all rows by checkpoint and layer; NaN where there is no vector.
 
@@ -165,13 +175,25 @@ class Store:
                 yield from self._read(part).norms(self)
 
     def check_comparable(self, other: "Store") -> None:
-        """Raise ValueError where inner products with the other's vectors would mean nothing."""
+        """Raise ValueError where inner products with the other's vectors would mean nothing.
+
+        Sketches are comparable when made alike of parameters of the same names and shapes,
+        embeddings when made by the same checkpoints.
+        """
         check_comparable(self.layout, other.layout, self.path, other.path)
         if len(self.checkpoints) != len(other.checkpoints):
             raise ValueError(
                 f"{len(self.checkpoints)} checkpoints of {self.path} and "
                 f"{len(other.checkpoints)} of {other.path}: choose as many of each"
             )
+        if self.name == "embedding":
+            ours, theirs = (
+                [s.layout.checkpoints[k].digest for k in s.checkpoints] for s in (self, other)
+            )
+            if ours != theirs:
+                raise ValueError(
+                    f"embeddings of {self.path} and {other.path} are of different checkpoints"
+                )
 
     def _read(self, part: int) -> "_File":
         """Return the unit's file, opened; few stay open at a time."""
@@ -182,36 +204,35 @@ class Store:
             if self._open and file.layout != self.layout:
                 raise ValueError(f"{self.folder.full_name(name)} is laid out unlike the others")
             self._open[part] = file
-            if len(self._open) > OPEN_FILES:
+            if len(self._open) > (COPIED_FILES if self.folder.is_remote else OPEN_FILES):
                 self._open.popitem(last=False)
         self._open.move_to_end(part)
         return self._open[part]
 
 
 class _File:
-    """One unit's file, memory-mapped where it is local."""
+    """One unit's file, memory-mapped; of an object store, a copy of it."""
 
     def __init__(self, folder: Folder, name: str, unit: int, rows: int, run: str) -> None:
-        full, path = folder.full_name(name), folder.local_path(name)
+        full = folder.full_name(name)
+        again = f"delete it, {part_name(unit)} and {SUCCESS}, and run the same command"
+        if name.startswith(f"{TARGET}/"):
+            again = "score with --overwrite"
         try:
-            source = (
-                pa.BufferReader(folder.read(name)) if path is None else pa.memory_map(str(path))
-            )
-            self._reader = pa.ipc.open_file(source)
+            with local_copy(folder, name) as path:  # mapped: it may lose its name
+                self._reader = pa.ipc.open_file(pa.memory_map(path))
             lengths = [
                 self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)
             ]
         except FileNotFoundError:
-            raise ValueError(
-                f"{full} is missing: delete the part of that unit and run the same command"
-            ) from None
+            raise ValueError(f"{full} is missing; {again}") from None
         except (pa.ArrowInvalid, OSError) as broken:
-            raise ValueError(f"{full} is damaged ({broken}); score with --overwrite") from None
+            raise ValueError(f"{full} is damaged ({broken}); {again}") from None
         schema = self._reader.schema
         self.layout = Layout.from_schema(schema, full)
         receipt: dict[str, Any] = json.loads(schema.metadata.get(RECEIPT, b"{}"))
         if receipt.get("run") != run or receipt.get("unit") != unit:
-            raise ValueError(f"{full} belongs to another run or unit; score with --overwrite")
+            raise ValueError(f"{full} belongs to another run or unit; {again}")
         if sum(lengths) != rows:
             raise ValueError(f"{full} has {sum(lengths)} rows, the plan says {rows}")
         self.edges = np.cumsum([0, *lengths])

@@ -19,6 +19,7 @@ from curate.selectors.neighbors import strongest
 
 QUERY_BYTES = 256 << 20
 """Target vectors, and their negatives, that are searched for in one pass over the corpus."""
+SIGNS = np.array(["proponent", "opponent"])
 FIELDS = (
     pa.field("target", pa.int64(), nullable=False),
     pa.field("sign", pa.string(), nullable=False),
@@ -33,7 +34,8 @@ def top_rows(corpus: Store, target: Store, n: int) -> pa.Table:
 
     Proponents have a similarity above 0, opponents one below: a row that neither helps nor harms
     is neither. `target` and `number` are places in the two stores; equal similarities come in the
-    order of the corpus. Both stores are to be opened alike (`unit` for the cosine).
+    order of the corpus, and where n cuts through them any of them may be named. Both stores are to
+    be opened alike (`unit` for the cosine).
 
     Raises:
         ValueError: the stores cannot be compared.
@@ -43,17 +45,17 @@ def top_rows(corpus: Store, target: Store, n: int) -> pa.Table:
     for first, queries in _queries(target):
         # Least is most of the negative: one pass over the corpus serves both ends.
         values, numbers = strongest(np.concatenate([queries, -queries]), corpus.blocks(), n)
-        for i in range(len(queries)):
-            for sign, at, turn in (("proponent", i, 1), ("opponent", len(queries) + i, -1)):
-                count = int((values[at] > 0).sum())
-                columns = [
-                    np.full(count, first + i),
-                    [sign] * count,
-                    np.arange(count, dtype=np.int32),
-                    numbers[at, :count],
-                    turn * values[at, :count],
-                ]
-                found.append(pa.table(columns, schema=pa.schema(FIELDS)))
+        by_target = values.reshape(2, len(queries), n).swapaxes(0, 1)
+        target_row, sign, rank = np.nonzero(by_target > 0)
+        at = sign * len(queries) + target_row, rank
+        columns = [
+            first + target_row,
+            SIGNS[sign],
+            rank.astype(np.int32),
+            numbers[at],
+            np.where(sign, -values[at], values[at]),
+        ]
+        found.append(pa.table(columns, schema=pa.schema(FIELDS)))
     return pa.concat_tables(found).combine_chunks()
 
 

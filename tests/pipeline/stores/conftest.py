@@ -51,8 +51,13 @@ class Points:
         table = score(
             self.corpus,
             checkpoints=self.checkpoints,
-            out=str(self.out / name),
-            **{"engine": "local", "progress": False, "batch_rows": 16, **settings},
+            **{
+                "out": str(self.out / name),
+                "engine": "local",
+                "progress": False,
+                "batch_rows": 16,
+                **settings,
+            },
         )
         assert isinstance(table, ScoreTable)
         return table

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from curate import cli
 from curate.pipeline.reporting.verify import verify
-from curate.pipeline.stores.index import build_index, open_index
+from curate.pipeline.stores.index import SIMILARITIES, build_index, open_index
 from curate.pipeline.stores.store import open_store
 
 RUNNER = CliRunner()
@@ -21,27 +21,40 @@ def vectors(folder: str, name: str, unit: bool) -> np.ndarray:
     return np.concatenate(list(store.blocks())).astype(np.float64)
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-def test_a_flat_index_is_brute_force(points: Any, make_points: Any, similarity: Any) -> None:
+def test_a_flat_index_is_brute_force(points: Any, make_points: Any) -> None:
     points.corpus = make_points([30, 10], first={4: 661.0}, name="bad")
     table = points.score(store="embedding", unit_rows=15)
-    index = build_index(table.path, similarity=similarity)
-    base = vectors(table.path, "embedding", similarity == "cosine")
     rows = np.array([0, 39, 17])
-    if similarity == "euclidean":
-        exact = -np.linalg.norm(base[rows][:, None] - base[None], axis=2)
-    else:
-        exact = base[rows] @ base.T
-    exact[:, 4] = -np.inf
-    values, numbers = index.near(rows, 6)
-    want = np.argsort(-exact, axis=1, kind="stable")[:, :6]
-    np.testing.assert_array_equal(numbers, want)
-    signed = -values if similarity == "euclidean" else values
-    # FAISS's distances come from norms and products: their squares are off by float32's rounding.
-    np.testing.assert_allclose(signed, np.take_along_axis(exact, want, 1), atol=2e-3)
-    assert index.said["vectors"] == 39 and index.said["rows"] == 40
+    for similarity in SIMILARITIES:
+        index = build_index(table.path, similarity=similarity)
+        base = vectors(table.path, "embedding", similarity == "cosine")
+        if similarity == "euclidean":
+            exact = -np.linalg.norm(base[rows][:, None] - base[None], axis=2)
+        else:
+            exact = base[rows] @ base.T
+        exact[:, 4] = -np.inf
+        values, numbers = index.near(rows, 6)
+        want = np.argsort(-exact, axis=1, kind="stable")[:, :6]
+        np.testing.assert_array_equal(numbers, want)
+        signed = -values if similarity == "euclidean" else values
+        # FAISS's distances come from norms and products: their squares are off by float32's
+        # rounding.
+        np.testing.assert_allclose(signed, np.take_along_axis(exact, want, 1), atol=2e-3)
+        assert index.said["vectors"] == 39 and index.said["rows"] == 40
 
 
+def test_an_ivfpq_index_of_few_rows_finds_neighbours(points: Any, make_points: Any) -> None:
+    points.corpus = make_points([300], name="few")
+    table = points.score(store="embedding", batch_rows=256)
+    coded = build_index(table.path, kind="ivfpq")
+    base, rows = vectors(table.path, "embedding", unit=True), np.arange(0, 300, 10)
+    want = np.argsort(-base[rows] @ base.T, axis=1)[:, :10]
+    found = coded.near(rows, 10)[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(want, found, strict=True)])
+    assert coded.said["kind"] == "ivfpq" and recall >= 0.7
+
+
+@pytest.mark.slow
 def test_beyond_the_memory_it_is_ivfpq_and_still_finds_neighbours(
     points: Any, make_points: Any
 ) -> None:
@@ -85,6 +98,7 @@ def test_a_stale_or_damaged_index_is_refused(points: Any) -> None:
         file.write_bytes(harm)
         with pytest.raises(ValueError, match=r"index-cosine\.faiss is damaged"):
             open_index(table.path)
+    assert len(build_index(table.path).index) == 60 and file.read_bytes() == data  # made again
     file.write_bytes(b"x" * len(data))
     with pytest.raises(ValueError, match=r"index-cosine\.faiss is no index, or damaged"):
         open_index(table.path)
@@ -98,6 +112,8 @@ def test_a_stale_or_damaged_index_is_refused(points: Any) -> None:
     with pytest.raises(ValueError, match="of vectors that are no longer there"):
         open_index(table.path)
     assert "no longer there" in verify(table.path)["problems"][0]
+    described.write_text('{"store": "embedding"}')
+    assert "describes no index" in verify(table.path)["problems"][0]
     file.unlink()
     described.write_text(json.dumps(said))
     with pytest.raises(ValueError, match=r"index-cosine\.faiss is missing"):

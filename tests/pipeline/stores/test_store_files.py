@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ import pytest
 from typer.testing import CliRunner
 
 from curate import cli
+from curate.pipeline.models.checkpoint import find_checkpoints, save_checkpoint
+from curate.pipeline.models.models import make_model
 from curate.pipeline.reporting.inspect import inspect
 from curate.pipeline.reporting.status import status
 from curate.pipeline.reporting.verify import verify
 from curate.pipeline.scoring import scoring_worker
 from curate.pipeline.scoring.attempts import Attempt
 from curate.pipeline.scoring.score_table import read_receipt
+from curate.pipeline.scoring.store_plan import read_sketch
+from curate.pipeline.stores.index import build_index, open_index
+from curate.pipeline.stores.layout import check_comparable
 from curate.pipeline.stores.store import open_store
 from curate.pipeline.stores.writer import StoreFile
 from curate.pipeline.storing.commit import _owner
@@ -133,6 +139,7 @@ def test_kill_9_in_the_middle_changes_no_byte(
     assert files(killed) == files(whole)
 
 
+@pytest.mark.slow
 def test_a_unit_that_was_given_up_has_no_vectors(points: Any) -> None:
     out = Folder(points.out / "scores")
     for number in range(3):
@@ -145,6 +152,7 @@ def test_a_unit_that_was_given_up_has_no_vectors(points: Any) -> None:
     assert verify(table.path)["problems"] == []
 
 
+@pytest.mark.slow
 def test_overwrite_clears_stores_and_what_was_made_of_them(points: Any, point_target: str) -> None:
     table = points.score(**SETTINGS, target=point_target, top_rows=2)
     assert Path(table.path, "top_rows.parquet").exists()
@@ -192,6 +200,7 @@ def test_a_changed_byte_is_found_by_verify(points: Any) -> None:
     assert problem == f"{file} was changed after the run ended: another sha256"
 
 
+@pytest.mark.slow
 def test_a_file_that_vanishes_before_the_end_is_named(
     points: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,16 +225,67 @@ def test_two_stores_made_apart_are_compared_only_if_alike(
         ("16", "kind=two-sided, .* with kind=one-sided"),
         ("2x2(params=head)", "with params=head"),
     ):
-        other = open_store(points.score("c", sketch=asked, overwrite=True), "sketch")
+        other = replace(ours.layout, how=read_sketch(asked))
         with pytest.raises(ValueError, match=said):
-            ours.check_comparable(other)
+            check_comparable(ours.layout, other, "a", "b")
     points.checkpoints = points_checkpoints(seeds=1, name="one")
     other = open_store(points.score("d", sketch="2x2"), "sketch")
-    with pytest.raises(ValueError, match=r"of 4 checkpoints, .* of 1"):
+    with pytest.raises(
+        ValueError, match=r"4 checkpoints of .* and 1 of .*: choose as many of each"
+    ):
         ours.check_comparable(other)
-    ours = open_store(points.out / "a", "sketch", checkpoints=[0])
-    with pytest.raises(ValueError, match="choose as many of each"):
-        ours.check_comparable(open_store(points.out / "b", "sketch"))
+    open_store(points.out / "a", "sketch", checkpoints=[0]).check_comparable(other)
+
+
+def test_stores_of_other_models_are_not_compared(
+    points: Any, points_code: Path, tmp_path: Path
+) -> None:
+    asked = {"sketch": "16", "store": "embedding"}
+    ours = points.score("a", **asked, unit_rows=60)
+    wide = tmp_path / "wide.py"
+    wide.write_text(points_code.read_text().replace("8", "9"))  # hidden units
+    for c in find_checkpoints(points.checkpoints):
+        model = make_model(f"{wide}:factory", num_classes=3)
+        save_checkpoint(
+            tmp_path / "wide" / Path(c.path).name, model, spec=f"{wide}:factory",
+            model_args=c.model_args, task=c.task or {}, seed=c.seed, step=c.step, lr=c.lr,
+        )  # fmt: skip
+    points.checkpoints = str(tmp_path / "wide")
+    theirs = points.score("b", **asked, unit_rows=60)
+    for name, said in (("sketch", "parameters=.* of one model"), ("embedding", "different models")):
+        with pytest.raises(ValueError, match=said):
+            open_store(ours, name).check_comparable(open_store(theirs, name))
+    first, last = (open_store(ours, "embedding", checkpoints=[k]) for k in (0, 1))
+    with pytest.raises(ValueError, match="are of different checkpoints"):
+        first.check_comparable(last)  # another seed's hidden units mean something else
+
+
+def test_what_to_delete_brings_a_lost_file_back(points: Any) -> None:
+    table = points.score(**SETTINGS)
+    whole = files(table.path)
+    file = Path(table.path, "store/sketch/unit-00001.arrow")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"delete it, part-00001\.parquet and _SUCCESS\.json, and"):
+        list(open_store(table, "sketch").blocks())
+    for name in (file, "part-00001.parquet", "_SUCCESS.json"):
+        Path(table.path, name).unlink()
+    points.score(**SETTINGS)
+    assert files(table.path) == whole
+
+
+def test_stores_on_an_object_store_are_the_same(points: Any, point_target: str) -> None:
+    settings = {**SETTINGS, "target": point_target, "top_rows": 2}
+    here, out = points.score(**settings), f"memory://stores-{os.getpid()}/scores"
+    there = points.score("there", **{**settings, "out": out})
+    assert there.success["stores"] == here.success["stores"]
+    assert there.notes["top_rows"] == here.notes["top_rows"]
+    for name in ("sketch", "probs"):
+        ours, theirs = (np.concatenate(list(open_store(t, name).blocks())) for t in (here, there))
+        np.testing.assert_array_equal(ours, theirs)
+    index = build_index(out, "sketch")
+    assert open_index(out, "sketch").near(np.array([59]), 1)[1] == [[59]]
+    assert index.said == build_index(here.path, "sketch").said
+    assert verify(out)["problems"] == []
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ def stored(store: Store) -> np.ndarray:
     return np.concatenate(list(store.blocks()))
 
 
-@pytest.mark.parametrize("sketch", ["3x2", "64", "48(jl=dense)"])
+@pytest.mark.parametrize(
+    "sketch", ["3x2", "64", pytest.param("48(jl=dense)", marks=pytest.mark.slow)]
+)
 def test_sketches_are_those_of_signals(points: Any, sketch: str) -> None:
     table = points.score(sketch=sketch)
     k = {"3x2": (3, 2), "64": (64,), "48(jl=dense)": (48,)}[sketch]
@@ -121,6 +123,7 @@ def test_embedding_and_probs_are_those_of_a_forward_pass(points: Any) -> None:
         np.testing.assert_allclose(got.sum(1), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tiny_probabilities_keep_their_digits(points: Any, tmp_path: Any) -> None:
     points.x *= 0
     with torch.no_grad():

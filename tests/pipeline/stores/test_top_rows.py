@@ -31,7 +31,7 @@ def similarities(points: Any, name: str, unit: bool) -> np.ndarray:
     return np.asarray(queries @ base.T)
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("similarity", ["cosine", pytest.param("dot", marks=pytest.mark.slow)])
 def test_the_table_is_brute_force_over_the_sketches(
     points: Any, point_target: str, similarity: str
 ) -> None:

@@ -42,7 +42,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("method", sorted(CASES))
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m == "density_ratio")) for m in sorted(CASES)],
+)
 def test_the_same_command_writes_the_same_bytes(scores, target, tmp_path, method):
     asked = {
         "budget": 0.5 if method in ("glister", "greedy_alignment") else 1.0,
@@ -78,6 +81,7 @@ def test_a_target_column_that_is_not_there_is_named(scores, target, tmp_path):
     assert not list((tmp_path / "m").glob("*")) or not (tmp_path / "m" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_a_coreset_reach_all_rows(scores, target, tmp_path):
     """Coreset, weights on it, all rows: the chain of "The power of few"."""
     few = curate.select(

@@ -192,6 +192,8 @@ class TestEncoder:
             read(f"encoder:{tmp_path}", scores)
         with pytest.raises(ValueError, match=r"the texts of .* are: text"):
             read(f"encoder:{encoder_folder}@label", scores)
+        at = shutil.copytree(encoder_folder, tmp_path / "mail@home")
+        assert find_source(f"encoder:{at}", Wanted(scores)).folder == str(at)
         other = shutil.copytree(encoder_folder, tmp_path / "dense")
         modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
         (other / "modules.json").write_text(json.dumps(modules))
