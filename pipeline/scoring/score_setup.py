@@ -196,7 +196,9 @@ def _task(request: Request, found: Sequence[Checkpoint]) -> Task:
     recorded, corpus = found[0].task, request.corpus
     if recorded is None:
         name = request.task or guess_aloud(corpus.schema)
-        return make_task(name, corpus, model=request.model or found[0].path, **options)
+        is_file = request.model is not None and is_user_code(request.model)  # has no tokenizer
+        source = found[0].path if is_file else request.model or found[0].path
+        return make_task(name, corpus, model=source, **options)
     kind = recorded["kind"]
     asked = request.task
     if asked is not None and asked != kind and not is_user_code(asked):

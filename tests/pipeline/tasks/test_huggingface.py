@@ -1,5 +1,6 @@
 """Real Hugging Face folders, from --model to a checkpoint and back, against transformers itself."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from curate.pipeline.models.checkpoint import (
 )
 from curate.pipeline.models.models import make_model, model_args
 from curate.pipeline.reading.corpus import Corpus
+from curate.pipeline.scoring.score_setup import Request, set_up
 from curate.pipeline.tasks.registry import make_task, task_from_description
 from curate.pipeline.tasks.tokenizers import tokenizer
 
@@ -175,6 +177,27 @@ def test_a_checkpoint_of_the_hugging_face_trainer_is_taken_as_it_is(
         loaded.named_parameters(), trainer.model.named_parameters(), strict=True
     ):
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0, msg=name)
+
+
+def test_a_trainers_folder_keeps_its_tokenizer_where_a_file_makes_the_model(
+    bert_folder: str, corpus: Write, sentences: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(bert_folder, folder)
+    config = transformers.AutoConfig.from_pretrained(bert_folder, num_labels=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    (tmp_path / "frozen.py").write_text(f"""
+from transformers import AutoConfig, BertForSequenceClassification
+
+
+def make(**_):
+    model = BertForSequenceClassification(AutoConfig.from_pretrained({str(folder)!r}))
+    return model.requires_grad_(False)
+""")
+    opened = corpus({"text": sentences, "label": [0, 1, 0, 1, 0]})
+    request = Request(opened, str(folder), "grand", model=f"{tmp_path / 'frozen.py'}:make",
+                      task="text_classification", out=str(tmp_path / "s"))  # fmt: skip
+    assert set_up(request).work.task["preprocess"]["tokenizer"] == str(folder)
 
 
 def test_weights_that_transformers_stores_under_other_names_are_translated(tmp_path: Path) -> None:
