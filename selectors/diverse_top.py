@@ -9,9 +9,10 @@ from numpy import ndarray
 from scipy.stats import rankdata
 
 from curate.selectors.divided import Divided
+from curate.selectors.inner_products import inner_products, one_row
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.vectors import Vectors, VectorTable, unit_rows
+from curate.selectors.vectors import UnitVectors, Vectors, VectorTable, held_if_few
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def marginal(
     amount: int,
 ) -> Int64[ndarray, " k"]:
     """Return rows in the order of their marginal worth, within `amount` of `sizes`."""
+    units = held_if_few(UnitVectors(vectors))
     closest = np.zeros(len(worth))
     best_first = np.argsort(-worth, kind="stable")
     is_left = np.ones(len(worth), dtype=bool)
@@ -75,7 +77,6 @@ def marginal(
         is_left[row] = False
         order.append(row)
         if left > 0 and trade < 1:
-            towards = unit_rows(vectors.take(np.array([row])))[0]
-            near = np.concatenate([unit_rows(block) @ towards for block in vectors.blocks()])
-            closest = near.astype(np.float64) if len(order) == 1 else np.maximum(closest, near)
+            near = inner_products(units, one_row(units, row))
+            closest = near if len(order) == 1 else np.maximum(closest, near)
     return np.array(order, dtype=np.int64)

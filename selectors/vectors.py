@@ -132,10 +132,14 @@ def part_of(vectors: Vectors, places: Int64[ndarray, " n"]) -> Vectors:
     """Return the rows at these ascending places: all as they are, few copied, many read again."""
     if len(places) == vectors.rows:
         return vectors
-    part = PartOfVectors(vectors, places)
-    if len(places) * vectors.dimension * 4 > SMALL_BYTES:
-        return part
-    return ArrayVectors(matrix(part))
+    return held_if_few(PartOfVectors(vectors, places))
+
+
+def held_if_few(vectors: Vectors) -> Vectors:
+    """Return the vectors in memory if they take less than SMALL_BYTES, as they are otherwise."""
+    if vectors.rows * vectors.dimension * 4 > SMALL_BYTES:
+        return vectors
+    return ArrayVectors(matrix(vectors))
 
 
 def usable_target(table: VectorTable) -> Vectors | None:

@@ -8,7 +8,7 @@ from curate.pipeline.stores.layout import STORES
 from curate.pipeline.stores.store import Store, open_store
 from curate.pipeline.storing.storage import canonical_json
 from curate.pipeline.vectors.source import Wanted
-from curate.selectors.vectors import SMALL_BYTES, ArrayVectors, Vectors, matrix
+from curate.selectors.vectors import Vectors, held_if_few
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class Stored:
         return {"source": self.name, "digest": hashlib.sha256(canonical_json(sums)).hexdigest()}
 
     def read(self) -> Vectors:
-        store = self._store()
-        is_small = store.rows * store.dimension * 4 <= SMALL_BYTES
-        return ArrayVectors(matrix(store)) if is_small else store
+        return held_if_few(self._store())
 
     def _store(self) -> Store:
         if self.wanted.elsewhere is not None:
