@@ -147,7 +147,7 @@ def reference_of_other_rows(work: Work) -> str | None:
         if not checkpoint.null_input and trained == work.corpus.digest:
             return (
                 f"takes the loss at the reference {_names([checkpoint])} for irreducible, but that "
-                f"was trained on the very rows that are scored: train it on others"
+                f"was trained on rows of the corpus that is scored: train it on others"
             )
     return None
 
