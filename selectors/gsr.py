@@ -15,7 +15,7 @@ from numpy import ndarray
 from curate.selectors.inner_products import target_mean
 from curate.selectors.picks import candidates
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.vectors import Vectors, VectorTable, finite_rows, matrix, part_of
+from curate.selectors.vectors import Vectors, VectorTable, finite_rows, part_of
 from curate.selectors.weighing import Weighing
 from curate.selectors.weighted_head import Head, fit_head
 
@@ -42,8 +42,8 @@ class Gsr(Weighing):
     the target, `group` the target's column of groups. Influence and choice use the one target
     set, where the authors split it in two.
 
-    Time for each step n (c d)² and (c d)³ for c classes of d features; memory 8 n·d bytes and
-    8 (c d)².
+    Time for each step n (c d)² and (c d)³ for c classes of d features; memory 16 n·d bytes, the
+    features and once more their weighted copy, and some 24 (c d)².
     """
 
     label: str
@@ -209,5 +209,9 @@ def _texts(values: pa.Array, rows: int) -> ndarray:
 
 def _features(vectors: Vectors) -> Float64[ndarray, "n d"]:
     """Return the vectors with a constant 1 behind, which carries the bias."""
-    found = matrix(vectors).astype(np.float64)
-    return np.hstack([found, np.ones((len(found), 1))])
+    found = np.ones((vectors.rows, vectors.dimension + 1))
+    at = 0
+    for block in vectors.blocks():
+        found[at : at + len(block), :-1] = block
+        at += len(block)
+    return found

@@ -24,13 +24,17 @@ REQUIRED = {
     "at_least": -10.0,
 }
 
+MORE = {
+    "semdedup": {"epsilon": 0},  # without one it removes near duplicates
+    "gsr": {"steps": 5},  # 100 heads by default
+}
+
 
 def make(name):
     wanted = {f for f in selector_fields(name)} & REQUIRED.keys()
     if name != "balanced":
         wanted -= {"by_group"}
-    more = {"epsilon": 0} if name == "semdedup" else {}  # without one it removes near duplicates
-    return make_selector(name, **{field: REQUIRED[field] for field in wanted}, **more)
+    return make_selector(name, **{f: REQUIRED[f] for f in wanted}, **MORE.get(name, {}))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ SCORES = st.lists(
     max_size=60,
 )
 FREE = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
