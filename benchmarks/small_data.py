@@ -65,7 +65,7 @@ def fashion(
 
 
 def snippets(
-    folder: Path, split: int, *, flips: float = 0.0, clean: int = 0, train_rows: int = 2000
+    folder: Path, split: int, *, flips: float = 0.0, clean: int = 0, train_rows: int = 1000
 ) -> Files:
     """Write a sample of the movie snippets, label 1 where people rate them above 0 on average.
 
