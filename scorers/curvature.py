@@ -4,7 +4,8 @@ Shapes: B rows, M directions.
 
 G stands for the Fisher information of the rows, E[g g^T] with g the gradient of a row's loss: for
 a loss that is a negative log likelihood, and labels drawn from the model, the Gauss-Newton matrix.
-It is never made; `curvature_diagonal.py` and `curvature_kronecker.py` say what is in its place.
+It is never made; `curvature_diagonal.py`, `curvature_moments.py` and `curvature_kronecker.py` say
+what is in its place.
 """
 
 import json
@@ -19,7 +20,9 @@ from torch import Tensor
 from curate.scorers.parts import Gradient
 
 NONE = "none"
-KINDS = "diagonal", "kfac", "ekfac"
+KINDS = "diagonal", "adam", "adam_root", "kfac", "ekfac"
+FROM_MOMENTS = frozenset({"adam", "adam_root"})
+"""Kinds that checkpoints' Adam moments give, not the rows."""
 LABELS = "model", "data"
 MOST_ROWS = 100_000
 """Rows that a curvature is estimated from by default (Grosse et al. 2023 take as many)."""
@@ -39,9 +42,10 @@ Asked = tuple[str, str]
 class CurvatureSettings:
     """`kind` of the approximation of G, the damping λ, and how it is estimated.
 
-    `damping` None is 0.1 times the mean eigenvalue of each layer. `rows` of the corpus, evenly
-    spaced, are what G is estimated from. `labels` are drawn from the `model` (the Fisher
-    information) or those of the `data` (the empirical Fisher).
+    `damping` None is 0.1 times the mean eigenvalue of each layer, for `adam_root` the optimizer's
+    ε. `rows` of the corpus, evenly spaced, are what G is estimated from. `labels` are drawn from
+    the `model` (the Fisher information) or those of the `data` (the empirical Fisher). Kinds from
+    Adam's moments have neither.
 
     Raises:
         ValueError: a setting out of range.
@@ -67,6 +71,16 @@ class CurvatureSettings:
             raise ValueError(f"damping is a positive number or None, not {self.damping!r}")
         if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
             raise ValueError(f"rows is a whole number of at least 1, not {self.rows!r}")
+        if self.from_moments and (self.rows != MOST_ROWS or self.labels != "model"):
+            raise ValueError(
+                f"rows and labels have no meaning for curvature={self.kind}, which is read off "
+                "Adam's moments: leave them out"
+            )
+
+    @property
+    def from_moments(self) -> bool:
+        """Whether checkpoints must have Adam's moments beside them."""
+        return self.kind in FROM_MOMENTS
 
     @property
     def text(self) -> str:

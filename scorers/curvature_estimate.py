@@ -222,9 +222,12 @@ def made_curvature(
 ) -> Curvature:
     """Return the curvature that `CurvatureEstimate.found` told of, damped as the settings say."""
     layers = {weight: Layer(weight, bias) for weight, bias in said["layers"]}
-    if settings.kind == "diagonal":
+    if settings.kind == "diagonal" or settings.from_moments:
         by_name = {key.removesuffix(":squares"): v for key, v in tensors.items()}
-        return DiagonalCurvature(layers, by_name, settings.damping)
+        damping = settings.damping
+        if damping is None and settings.kind == "adam_root":
+            damping = said["eps"]
+        return DiagonalCurvature(layers, by_name, damping)
     factors: dict[str, Factors] = {}
     for name in layers:
         if f"{name}:left" in tensors:  # else no row's loss depends on it

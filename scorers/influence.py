@@ -24,7 +24,8 @@ class Influence:
     Hessian (Grosse et al. 2023, arXiv 2308.03296) and the sign turned, so that a positive value
     helps: to first order the group's loss falls by it per unit of weight that is added to the row
     in the mean loss trained on, where a row among n has 1/n. `curvature` is `ekfac`, `kfac`,
-    `diagonal`, or `none`: TracIn. Checkpoints are weighted by learning rates η that sum to 1.
+    `diagonal`, `adam` or `adam_root` (a diagonal that Adam's moments give), or `none`: TracIn.
+    Checkpoints are weighted by learning rates η that sum to 1.
     `groups="mean"` averages over groups. `damping`, `rows`, `labels` as in `CurvatureSettings`;
     `params` limits θ as in GraNd.
 

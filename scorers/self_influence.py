@@ -32,8 +32,9 @@ class SelfInfluence:
     With `curvature="none"`, the default, Σ_k η_k ‖∇_θ ℓ(θ_k; x, y)‖²: Pruthi et al. 2020 (arXiv
     2002.08484), TracInCP with z' = z. Learning rates η sum to 1; normalising them changes the scale
     alone, so with one checkpoint this is GraNd². Otherwise G is the Fisher information of the
-    loss, `diagonal`, `kfac` or `ekfac` (Grosse et al. 2023, arXiv 2308.03296); `damping`, `rows`
-    and `labels` as in `CurvatureSettings`. `params` limits θ as in GraNd; `first_encoder_layer` is
+    loss, `diagonal`, `kfac` or `ekfac` (Grosse et al. 2023, arXiv 2308.03296), or `adam` or
+    `adam_root`, a diagonal that Adam's moments give (`curvature_moments.py`); `damping`, `rows` and
+    `labels` as in `CurvatureSettings`. `params` limits θ as in GraNd; `first_encoder_layer` is
     the first repeated block (Thakkar et al. 2023).
 
     Raises:
@@ -79,5 +80,6 @@ def refuse_unused(kind: str, damping: float | int | None, rows: int, labels: str
     """Raise ValueError where there is a setting of a curvature, but none is asked for."""
     if kind == NONE and (damping is not None or rows != MOST_ROWS or labels != "model"):
         raise ValueError(
-            "damping, rows and labels belong to a curvature: add curvature=ekfac, kfac or diagonal"
+            "damping, rows and labels belong to a curvature: add curvature=ekfac, kfac, diagonal "
+            "or, without rows and labels, adam"
         )

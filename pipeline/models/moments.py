@@ -59,7 +59,8 @@ def moments_file(checkpoint: str | Path) -> Path:
             return path
     raise ValueError(
         f"checkpoint {checkpoint} has no Adam moments ({FILE}, or the Trainer's "
-        f"{TRAINER_FILE}): train with --save-moments, or choose another mode than less"
+        f"{TRAINER_FILE}): train with --save-moments, or ask for no scorer that reads "
+        "them (mode=less, curvature=adam)"
     )
 
 
@@ -128,8 +129,8 @@ def _of_trainer(path: Path, model: nn.Module) -> Moments:
     odd = [s for s in state.values() if not {"step", MEAN, SQUARE} <= s.keys()]
     if odd or len(ways) != 1 or len(way := ways.pop()) != 3:
         raise ValueError(
-            f"{path} holds no plain Adam's state (exp_avg, exp_avg_sq, one pair of betas): mode "
-            "less needs a run with adamw"
+            f"{path} holds no plain Adam's state (exp_avg, exp_avg_sq, one pair of betas): train "
+            "with adamw"
         )
     names = _names(path, groups, model)
     params = named_parameters(model)

@@ -4,7 +4,7 @@ Shapes: K checkpoints, n rows of the corpus that they are estimated from.
 
 A worker that finds none in `curvature/` makes them and commits them; the first commit stays and all
 workers read it, so that they weigh gradients by the same bits. What is asked for with different
-damping shares its factors.
+damping shares its factors. What Adam's moments give is read from beside the checkpoint instead.
 """
 
 import gc
@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from curate.pipeline.models.checkpoint import checkpoint_name
+from curate.pipeline.models.moments import read_moments
 from curate.pipeline.scoring.corpus_sample import Sampled, sampled_windows
 from curate.pipeline.scoring.kept_tensors import kept_bytes, read_kept, said_of
 from curate.pipeline.scoring.windows import said as reason_of
@@ -28,6 +29,7 @@ from curate.pipeline.storing.storage import Folder
 from curate.pipeline.tasks.registry import task_from_description
 from curate.scorers.curvature import Asked, Curvature, CurvatureRefused, CurvatureSettings
 from curate.scorers.curvature_estimate import CurvatureEstimate, made_curvature
+from curate.scorers.curvature_moments import MomentCurvature
 from curate.scorers.engine import Engine
 from curate.scorers.memory import is_out_of_memory
 from curate.scorers.protocol import TARGET_KINDS
@@ -40,7 +42,8 @@ ENTRY = "curate.curvature"
 MOST_BYTES = 4 << 30
 """What the factors of all checkpoints may take together; else those of one are held."""
 TRIAL_ROWS = 64
-"""Rows that factors are made from where nothing is kept, as for `--dry-run`."""
+"""Rows that factors are made from where nothing is kept, as for `--dry-run`; or that are tried,
+where moments give them, to see what the model uses."""
 
 
 class CurvatureFactors:
@@ -94,6 +97,9 @@ class CurvatureFactors:
     def _factors(
         self, k: int, engine: Engine, params: str, settings: CurvatureSettings
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if settings.from_moments:
+            tensors, said = self._of_moments(k, engine, params, settings)
+            return {n: v.to(self.device) for n, v in tensors.items()}, said
         name = self._name(k, params, settings)
         if not self.folder.exists(name):
             tensors, said = self._made(engine, params, settings)
@@ -122,6 +128,26 @@ class CurvatureFactors:
         rows = rows if self.keeps else min(rows, TRIAL_ROWS)
         log.info("estimating the curvature %s from %d rows", settings.kind, rows)
         estimate = CurvatureEstimate(engine, settings, params)
+        return self._finished(estimate, settings, params, rows)
+
+    def _of_moments(
+        self, k: int, engine: Engine, params: str, settings: CurvatureSettings
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        path = self.work.checkpoints[k].path
+        moments = read_moments(path, engine.model)
+        try:
+            made = MomentCurvature(engine, settings, params, moments)
+            return self._finished(made, settings, params, min(self.work.corpus.rows, TRIAL_ROWS))
+        except CurvatureRefused as error:
+            raise CurvatureRefused(f"checkpoint {path}: {error}") from None
+
+    def _finished(
+        self,
+        estimate: CurvatureEstimate | MomentCurvature,
+        settings: CurvatureSettings,
+        params: str,
+        rows: int,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for _ in range(estimate.stages):
             self._refused = {}
             for window in sampled_windows(self.work, self.task, rows):
@@ -136,7 +162,7 @@ class CurvatureFactors:
                 )
             estimate.end_stage()
         tensors, said = estimate.found()
-        if self._refused:
+        if self._refused and not settings.from_moments:
             log.warning(
                 "the curvature is estimated without %d rows that cannot be scored, the first is "
                 "row %d: %s", len(self._refused), *min(self._refused.items()),
@@ -154,7 +180,10 @@ class CurvatureFactors:
             yield from self.work.plan.batches(self.task.cost(window.encoded), row_bytes)
 
     def _add(
-        self, estimate: CurvatureEstimate, window: Sampled, rows: Int64[np.ndarray, " n"]
+        self,
+        estimate: CurvatureEstimate | MomentCurvature,
+        window: Sampled,
+        rows: Int64[np.ndarray, " n"],
     ) -> None:
         """Add these rows; those that cannot be used are found by halving, and left out."""
         assert window.encoded is not None, "there are rows"

@@ -21,14 +21,20 @@ from curate.pipeline.scoring.work import (
     has_groups,
     learning_rate_weights,
     mean_rates,
-    needs_moments,
     reads_model,
     record_signals,
     table_signals,
     text_signals,
 )
 from curate.pipeline.training.records import read_records
-from curate.scorers.protocol import ANGLE_KINDS, GROUP_KINDS, RECORD_KINDS, SPREAD_KINDS, Signal
+from curate.scorers.protocol import (
+    ADAM_KINDS,
+    ANGLE_KINDS,
+    GROUP_KINDS,
+    RECORD_KINDS,
+    SPREAD_KINDS,
+    Signal,
+)
 from curate.scorers.token_angles import NO_TOKEN
 
 Records = dict[int, dict[Signal, np.ndarray]]
@@ -71,7 +77,8 @@ class Reduction:
     ) -> Float64[np.ndarray, "s b"]:
         """Return a scorer's float64 value in each run."""
         scorer, runs = self.scorers[alias], []
-        weights = self.mean_weights if needs_moments({alias: scorer}) else self.weights
+        is_less = any(s.kind in ADAM_KINDS for s in scorer.needs)
+        weights = self.mean_weights if is_less else self.weights
         for seed, indices in self.work.runs.items():
             signals = {
                 s: torch.from_numpy(records[seed][s][rows])[None]
@@ -93,9 +100,7 @@ class Reduction:
         ]
         return np.stack(at)
 
-    def by_group(
-        self, alias: str, reading: Mapping[Signal, Tensor]
-    ) -> Float64[np.ndarray, "m b"]:
+    def by_group(self, alias: str, reading: Mapping[Signal, Tensor]) -> Float64[np.ndarray, "m b"]:
         """Return a scorer's mean over seeds where each group of the target is alone."""
         groups = next(v.shape[2] for s, v in reading.items() if s.kind in GROUP_KINDS)
         alone = [

@@ -17,6 +17,7 @@ from curate.pipeline.scoring.store_plan import StorePlan
 from curate.pipeline.scoring.target import Target
 from curate.pipeline.storing.storage import join
 from curate.pipeline.tasks.registry import task_from_description
+from curate.scorers.curvature import CurvatureSettings
 from curate.scorers.protocol import (
     ADAM_KINDS,
     GROUP_KINDS,
@@ -163,7 +164,11 @@ def needs_checkpoints(scorers: Mapping[str, Scorer]) -> bool:
 
 def needs_moments(scorers: Mapping[str, Scorer]) -> bool:
     """Tell whether a scorer reads the moments that Adam left beside the checkpoints."""
-    return any(s.kind in ADAM_KINDS for scorer in scorers.values() for s in scorer.needs)
+    signals = {s for scorer in scorers.values() for s in scorer.needs}
+    curvatures = {s.curvature for s in signals if s.curvature}
+    return any(s.kind in ADAM_KINDS for s in signals) or any(
+        CurvatureSettings.of(text).from_moments for text in curvatures
+    )
 
 
 def has_checkpoints(scorer: Scorer) -> bool:

@@ -564,7 +564,15 @@ def test_rows_that_are_not_finite_are_refused_and_leave_no_trace(kit: Any) -> No
 @pytest.mark.parametrize(
     ("request_", "match"),
     [
-        ("self_influence(curvature=newton)", "curvature is one of none, diagonal, kfac, ekfac"),
+        (
+            "self_influence(curvature=newton)",
+            "curvature is one of none, diagonal, adam, adam_root, k",
+        ),
+        (
+            "self_influence(curvature=adam,rows=9)",
+            "rows and labels have no meaning for curvature=ad",
+        ),
+        ("influence(curvature=adam_root,labels=data)", "rows and labels have no meaning"),
         ("self_influence(damping=0.1)", "belong to a curvature"),
         ("self_influence(curvature=ekfac,damping=0)", "damping is a positive number"),
         ("self_influence(curvature=ekfac,damping=True)", "damping is a positive number"),
