@@ -11,6 +11,7 @@ whose l-th neighbour v is. Memory: X in float64, and N or N·l distances.
 Shapes: N rows of X, M rows of W, D dimensions, L orders.
 """
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -52,7 +53,7 @@ class GrowingKl(Protocol):
         ...
 
 
-class _Growing:
+class _Growing(ABC):
     """X, centred for products that keep their digits, and the numbers of rows."""
 
     def __init__(self, x: Float64[ndarray, "n d"], m: int, k: int) -> None:
@@ -78,9 +79,9 @@ class _Growing:
         inside = (squares > FLOOR) & (squares < CEILING)  # clipped distances have no gradient
         return np.where(inside, 1 / (distances * (distances + EPS)), 0.0), distances
 
+    @abstractmethod
     def weights(self, v: Float64[ndarray, " d"]) -> Float64[ndarray, " n"]:
         """Return the factor of each v - x_i in the gradient of KL(X || W + {v}) in v."""
-        raise NotImplementedError
 
     def gradient(self, v: Float64[ndarray, " d"]) -> tuple[Float64[ndarray, " d"], float]:
         weights = self.weights(v)
