@@ -63,8 +63,8 @@ def run(tmp_path: Path, make_points: Make, points_checkpoints: Make) -> Run:
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:7]
         loss = nn.functional.cross_entropy(model(x[some]), y[some])
         grads = torch.autograd.grad(loss, list(model.parameters()))
-        for (n, p), p.grad in zip(model.named_parameters(), grads, strict=True):
-            v[n] = BETA2 * v[n] + (1 - BETA2) * p.grad.double() ** 2
+        for (n, p), g in zip(model.named_parameters(), grads, strict=True):
+            p.grad, v[n] = g, BETA2 * v[n] + (1 - BETA2) * g.double() ** 2
         optimizer.step()
         if step in RATES:
             v_hat[step] = {n: value / (1 - BETA2**step) for n, value in v.items()}
