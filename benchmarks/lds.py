@@ -85,6 +85,10 @@ def write_rows(folder: Path) -> None:
 
 def halves(folder: Path, subsets: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which rows each half holds [S, n], and the loss of each query after it [S, q]."""
+    kept = folder / f"halves-{subsets}-{seeds}.npz"
+    if kept.exists():
+        with np.load(kept) as found_before:
+            return found_before["inside"], found_before["losses"]
     rng = np.random.default_rng(1)
     inside = np.zeros((subsets, ROWS), dtype=bool)
     losses = np.zeros((subsets, QUERIES))
@@ -99,6 +103,7 @@ def halves(folder: Path, subsets: int, seeds: int) -> tuple[np.ndarray, np.ndarr
             found = _columns(folder, [c.path for c in last], {"loss": "loss"}, half / "scores",
                              corpus="queries")  # fmt: skip
             losses[s] = found["loss"].to_numpy()
+    np.savez(kept, inside=inside, losses=losses)
     return inside, losses
 
 

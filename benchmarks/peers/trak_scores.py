@@ -1,8 +1,8 @@
 """TRAK's attributions of the held-out rows, for lds.py: FOLDER OUT.npz.
 
 Over the checkpoints at the end of each seed: f = the log odds of the row's mean token probability,
-gradients of all parameters projected to 1024 by normal numbers, TRAK's own scores (Park et al.
-2023). Also plain gradient products with the same projections ("no inverse").
+gradients of all parameters projected to k by normal numbers, TRAK's own scores (Park et al. 2023).
+k has to stay below the number of rows, or its Gram matrix has no inverse; several are tried.
 """
 
 import sys
@@ -21,7 +21,7 @@ from trak.modelout_functions import AbstractModelOutput
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lds_model import gpt2
 
-PROJECTED = 1024
+PROJECTED = (16, 32, 64, 128)
 
 
 class LogOdds(AbstractModelOutput):
@@ -57,28 +57,34 @@ def main() -> None:
     paths = sorted((folder / "all").glob("seed*-epoch*"))
     last = max(path.name.rpartition("epoch")[2] for path in paths)
     states = [load_file(path / "model.safetensors") for path in paths if path.name.endswith(last)]
-    model = gpt2().eval()
+    found = {f"k = {k}": _scores(train, queries, states, k, Path(out)) for k in PROJECTED}
+    np.savez(out, **found)
+
+
+def _scores(
+    train: Tensor, queries: Tensor, states: list[dict[str, Tensor]], k: int, out: Path
+) -> np.ndarray:
     traker = TRAKer(
-        model=model,
+        model=gpt2().eval(),
         task=LogOdds(),
         train_set_size=len(train),
-        proj_dim=PROJECTED,
+        proj_dim=k,
         device="cpu",
         use_half_precision=False,
-        save_dir=str(Path(out).with_suffix("")),
+        save_dir=f"{out.with_suffix('')}-{k}",
     )
-    for k, state in enumerate(states):
-        traker.load_checkpoint(state, model_id=k)
+    for number, state in enumerate(states):
+        traker.load_checkpoint(state, model_id=number)
         for at in range(0, len(train), 20):
             part = train[at : at + 20]
             traker.featurize(batch=(part, part), num_samples=len(part))
     traker.finalize_features()
-    for k, state in enumerate(states):
-        traker.start_scoring_checkpoint("queries", state, model_id=k, num_targets=len(queries))
+    for number, state in enumerate(states):
+        traker.start_scoring_checkpoint("queries", state, number, num_targets=len(queries))
         for at in range(0, len(queries), 20):
             part = queries[at : at + 20]
             traker.score(batch=(part, part), num_samples=len(part))
-    np.savez(out, **{"log odds": np.asarray(traker.finalize_scores("queries"))})
+    return np.asarray(traker.finalize_scores("queries"))
 
 
 if __name__ == "__main__":
