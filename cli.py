@@ -143,7 +143,8 @@ def train(
         bool, typer.Option(help="Language: pack documents into full contexts.")
     ] = False,
     save_moments: Annotated[
-        bool, typer.Option("--save-moments", help="Keep Adam's moments, for LESS and curvature=adam.")
+        bool,
+        typer.Option("--save-moments", help="Keep Adam's moments, for LESS and curvature=adam."),
     ] = False,
     null_input: Annotated[
         bool, typer.Option("--null-input", help="Train on empty inputs: a reference for pvi.")

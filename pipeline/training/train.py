@@ -89,12 +89,13 @@ def train(
     """Train `model` once per seed and return the checkpoints, ordered by seed and step.
 
     With a manifest, on its rows (of its own corpus or mixture where none is named): as many steps
-    as the whole corpus would take (`match="steps"`), or `epochs` over the selection (`match="epochs"`). Step 0 is `save_epochs=[0]`; by default
-    checkpoints stand at a fifth, a half and the end. What is not given is usual for the model:
+    as the whole corpus would take (`match="steps"`), or `epochs` over the selection
+    (`match="epochs"`). Step 0 is `save_epochs=[0]`; by default checkpoints stand at a fifth, a half
+    and the end. What is not given is usual for the model:
     `train_settings.recipe`. `model_options` are the model's own arguments. `pack` puts documents
     end to end (then nothing is recorded per row). With `null_input` every row's input is the task's
     empty one: a reference for the score pvi. `save_moments` writes Adam's moments beside the
-    weights of each checkpoint, which `grad_similarity(mode=less)` needs. `num_gpus` is what a seed
+    weights of each checkpoint, which mode=less and curvature=adam need. `num_gpus` is what a seed
     takes of a Ray node's GPUs. `threads` are CPU threads; by default CURATE_THREADS, or one for
     models so small that several only wait for each other, else torch's number.
 

@@ -49,5 +49,5 @@ def test_a_text_that_has_no_utf8_form_is_counted() -> None:
 @pytest.mark.parametrize("setting", ["ngrams=0", "buckets=0", "buckets=1e4", "ngrams=True"])
 def test_settings_are_positive_numbers(setting: str) -> None:
     # A number of the wrong type is refused by the annotation where types are checked.
-    with pytest.raises((ValueError, TypeError), match="must be at least 1|Type-check error"):
+    with pytest.raises((ValueError, TypeError), match=r"must be at least 1|Type-check error"):
         make_scorers(f"dsir({setting})")

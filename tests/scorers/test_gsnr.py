@@ -175,5 +175,5 @@ def test_runs_follow_one_another() -> None:
 @pytest.mark.parametrize("value", ["-1", "0.5", "True"])
 def test_what_is_no_size_is_refused(value: str) -> None:
     # A number of the wrong type is refused by the annotation where types are checked.
-    with pytest.raises((ValueError, TypeError), match="number of dimensions|Type-check error"):
+    with pytest.raises((ValueError, TypeError), match=r"number of dimensions|Type-check error"):
         make_scorers(f"gsnr(sketch={value})")

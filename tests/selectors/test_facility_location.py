@@ -197,7 +197,7 @@ class TestSelector:
             kept(FacilityLocation().select(t, Budget("rows", 6), np.random.default_rng(0)))
             for t in (table, other)
         ]
-        # Of more rows some are each other's nearest, add exactly the same, and the earlier is taken.
+        # Of more rows some are each other's nearest and add the same: the earlier is taken.
         assert chosen[0].tolist() == sorted(order[chosen[1]].tolist())
 
     @pytest.mark.parametrize("settings_", [{}, {"greedy": "stochastic"}, {"cells": 3}])

@@ -18,7 +18,8 @@ def literal(x: torch.Tensor, w: torch.Tensor, order: int, k: int, discard: int =
     terms = []
     for i in range(n):
         own = sorted(float(torch.dist(x[i], x[j])) for j in range(n) if j != i)[k - 1]
-        near = torch.stack(sorted((torch.dist(x[i], w[j]) for j in range(m)), key=lambda r: r.item()))
+        distances = (torch.dist(x[i], w[j]) for j in range(m))
+        near = torch.stack(sorted(distances, key=lambda r: r.item()))
         near = near[discard:] if order == 0 else near[order - 1 : order]
         terms.append(d * (torch.log(near + 1e-8).mean() - math.log(own + 1e-8)))
     orders = range(1, m + 1) if order == 0 else [order]
