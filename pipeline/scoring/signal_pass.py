@@ -236,6 +236,7 @@ class SignalPass:
             targets=sent(batch.targets),
             row_ids=None if batch.row_ids is None else sent(batch.row_ids),
             weights=None if batch.weights is None else sent(batch.weights),
+            prompt=None if batch.prompt is None else sent(batch.prompt),
         )
 
     def state_bytes(self, batch: Batch) -> float:
