@@ -10,6 +10,7 @@ It needs torch, triton and transformers, and curate from the checkout, installed
     kernels     every case against float64 and against itself, and its time against the roofline
                 (kernel_speed.py)
     agreement   signs and sketches on the CPU and on the device, the same bits where sums are exact
+    signals     every kind of signal on the device against the CPU in float64 (all_signals.py)
     repeats     a pass of the engine twice, the same bits
     engine      ratios beside their floors, and peak memory (engine.py)
     peers       Bergson beside ours, where it can be imported (peers.py)
@@ -34,6 +35,7 @@ import checkout  # noqa: F401  (makes curate importable)
 import engine
 import kernel_speed
 import torch
+from all_signals import all_signals
 from kernel_cases.case import Case
 from shapes import SHAPES, Shape, outputs
 from timing import machine
@@ -184,6 +186,17 @@ def _sketch(left: Tensor, right: Tensor, device: torch.device) -> Tensor:
     return sketch(left.to(device), right.to(device), keys, (32, 32)).cpu()
 
 
+def _signals(plan: Plan) -> Iterator[str]:
+    exact = torch.device("cpu"), torch.float64
+    for shape in SHAPES["tiny"]:
+        truth, found = all_signals(shape, [exact, (plan.device, torch.float32)])
+        for name, value in truth.items():
+            error = float((found[name] - value).norm() / value.norm().clamp(min=1e-12))
+            # EK-FAC's small eigenvalues part with more digits than sums do.
+            limit = 1e-2 if "fac" in name else 1e-3
+            yield _verdict(f"{shape.name}, {name}, within {error:.0e}", error < limit)
+
+
 def _repeats(plan: Plan) -> Iterator[str]:
     wanted = [Signal("loss"), Signal("el2n"), Signal("grad_sq_norm")]
     for shape in SHAPES["tiny" if plan.is_rehearsal else "small"]:
@@ -241,6 +254,7 @@ def _tuned(plan: Plan) -> Iterator[str]:
 PARTS: dict[str, Callable[[Plan], Iterator[str]]] = {
     "kernels": _kernels,
     "agreement": _agreement,
+    "signals": _signals,
     "repeats": _repeats,
     "engine": _engine,
     "peers": _peers,
