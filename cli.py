@@ -302,7 +302,9 @@ def score(
         dry_run=dry_run or context.info_name == "plan",
     )
     found = look(out) if isinstance(result, ScoreTable) else result.summary()
-    _print(found, as_json, format_text)
+    # What the scorers mean is `curate inspect`'s to say: a screen of it for each.
+    long = {"directions"} if isinstance(result, ScoreTable) else set[str]()
+    _print(found, as_json, lambda f: format_text({k: v for k, v in f.items() if k not in long}))
     if found.get("errors") or found.get("quarantined"):
         raise typer.Exit(3)
 
