@@ -34,7 +34,8 @@ def _link() -> None:
 def _stand_in() -> None:
     module = ModuleType("jaxtyping")
     # No `__getattr__` for whatever name comes: `inspect` asks every module for its `__file__`.
-    for name in ("Float", "Int", "Bool", "Integer", "Num", "Shaped", "UInt8", "Int32", "Int64"):
+    for name in ("Float", "Int", "Bool", "Integer", "Num", "Shaped", "UInt8", "Int32", "Int64",
+                 "Float32", "Float64"):  # fmt: skip
         setattr(module, name, _Annotation)
     sys.modules["jaxtyping"] = module
 

@@ -289,7 +289,7 @@ def test_the_gpu_command_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     text = output.read_text()
     assert "wrong:" not in text and "left out: the time is up" not in text
-    for part in ("kernels", "agreement", "repeats", "engine", "peers"):
+    for part in ("kernels", "agreement", "signals", "repeats", "engine", "peers"):
         assert f"== {part} ==" in text
     assert (
         text.count("right:") >= 10
