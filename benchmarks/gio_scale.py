@@ -126,11 +126,11 @@ def main() -> None:
             variant=asked.variant, clusters=asked.clusters, target_clusters=asked.clusters
         )
         budget = parse_budget(1.0 if asked.budget == "none" else asked.budget)
-        memory, start = PeakMemory(), time.perf_counter()
+        memory, start, cpu = PeakMemory(), time.perf_counter(), time.process_time()
         with memory.watching():
             selection = selector.select(table, budget, np.random.default_rng(0))
             kept = [batch.column("row").to_numpy() for batch in selection.batches]
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         chosen = np.concatenate(kept)
         result = {
             "rows": asked.rows,
@@ -144,6 +144,7 @@ def main() -> None:
             "accepted_clusters": selection.params["accepted_clusters"],
             "stopped": selection.params["stopped"],
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu, 1),
             "peak_mb": round(memory.peak),
             "before_mb": round(memory.before),
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
