@@ -47,9 +47,15 @@ ENDS = {
     "vog": "high",
     "self_influence": "high",
     "self_influence, last layer": "high",
+    "self_influence, Adam": "high",
+    "self_influence, root Adam": "high",
     "self_influence, EK-FAC": "high",
     "grad_similarity": "low",
     "grad_similarity, one group": "low",
+    "grad_similarity, LESS": "low",
+    "grad_similarity, DVGS": "low",
+    "grad_similarity, DVGS, one group": "low",
+    "influence, Adam": "low",
     "influence, EK-FAC": "low",
     "pvi": "low",
     "rho": "high",
@@ -91,7 +97,7 @@ def subjects() -> dict[str, Subject]:
 def scores_of(subject: Subject, folder: Path, split: int) -> Iterator[tuple[str, float]]:
     """Yield each scorer's AUROC at finding the wrong labels."""
     data = subject.write(folder, split, flips=FLIPS, clean=CLEAN)
-    trained = _trained(subject, data.train, folder / "checkpoints")
+    trained = _trained(subject, data.train, folder / "checkpoints", save_moments=True)
     assert data.clean is not None, "asked for"
     last = sorted(trained.glob(f"seed*-epoch{subject.epochs:03d}"))
     asked = {
@@ -106,8 +112,12 @@ def scores_of(subject: Subject, folder: Path, split: int) -> Iterator[tuple[str,
         "vog": "vog",
         "self_influence": "self_influence",
         "self_influence, last layer": "self_influence(params=head)",
+        "self_influence, Adam": "self_influence(curvature=adam)",
+        "self_influence, root Adam": "self_influence(curvature=adam_root)",
         "self_influence, EK-FAC": "self_influence(curvature=ekfac)",
         "grad_similarity": "grad_similarity",
+        "grad_similarity, LESS": "grad_similarity(mode=less)",
+        "influence, Adam": "influence(curvature=adam)",
         "influence, EK-FAC": "influence(curvature=ekfac)",
     }
     over_run = _scored(data, [trained], asked, folder / "scores", target=data.clean)
@@ -123,6 +133,15 @@ def scores_of(subject: Subject, folder: Path, split: int) -> Iterator[tuple[str,
         ends = sorted(reference.glob(f"seed*-epoch{subject.epochs:03d}"))
         found = _scored(data, last, {name: name}, folder / f"{name}-scores", reference=ends)
         yield from _areas(found, {name: name}, data.wrong)
+    # The holdout model of rho is the proxy that dvgs wants: trained on the target.
+    dvgs = "grad_similarity(mode=dvgs)"
+    for name, extra in (
+        ("grad_similarity, DVGS", {}),
+        ("grad_similarity, DVGS, one group", {"target_group": "none"}),
+    ):
+        found = _scored(data, [folder / "rho"], {name: dvgs}, folder / name, target=data.clean,
+                        **extra)  # fmt: skip
+        yield from _areas(found, {name: dvgs}, data.wrong)
 
 
 def _trained(subject: Subject, corpus: str, out: Path, **extra: Any) -> Path:

@@ -188,7 +188,10 @@ class CausalLM(Task):
             raise ValueError(f"the document has no target token ({shortest} token{'s'[shortest:]})")
         if values.size and (values.min() < 0 or values.max() >= self.vocab_size):
             odd = values[(values < 0) | (values >= self.vocab_size)][0]
-            raise ValueError(f"token id {odd} is outside the vocabulary of {self.vocab_size}")
+            raise ValueError(
+                f"token id {odd} is outside the vocabulary of {self.vocab_size}, which training "
+                "takes from --task-option vocab_size=N, the model or its rows"
+            )
         made = {"tokens": lists(values.astype(np.int32), lengths)}
         return pa.table(made if prompt is None else {**made, "prompt": pa.array(prompt)})
 
