@@ -83,6 +83,14 @@ def need_tokens(budget: Budget, table: Table) -> None:
     )
 
 
+def check_tokens(amount: int, supply: int) -> None:
+    """Raise ValueError when a budget of `amount` tokens is more than the candidates hold."""
+    if amount > supply:
+        raise ValueError(
+            f"a budget of {amount} tokens is more than the {supply} tokens that can be chosen"
+        )
+
+
 def need_columns(table: Table, columns: "frozenset[str]") -> None:
     """Raise ValueError naming a column that the table lacks."""
     for name in sorted(columns - set(table.schema.names)):

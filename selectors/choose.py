@@ -15,7 +15,13 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64, Int64, UInt32
 from numpy import ndarray
 
-from curate.selectors.budget import budget_rows, need_columns, need_tokens, share_of_rows
+from curate.selectors.budget import (
+    budget_rows,
+    check_tokens,
+    need_columns,
+    need_tokens,
+    share_of_rows,
+)
 from curate.selectors.cut import find_cuts
 from curate.selectors.group_budgets import GroupBudgets, MinShares, Shares, check_shares
 from curate.selectors.ordering import Candidates, Exclusion, First, Ordering
@@ -228,11 +234,11 @@ def _check_supply(budget: Budget, amount: int, supply: int, may_fall_short: bool
         return
     if supply <= 0:
         raise ValueError("no row is left to choose: all have errors, no score, or are dropped")
-    if budget.kind == "tokens" and not may_fall_short:
-        raise ValueError(
-            f"a budget of {amount} tokens is more than the {supply} tokens that can be chosen"
-        )
-    if budget.kind != "tokens" and not may_fall_short:
+    if may_fall_short:
+        return
+    if budget.kind == "tokens":
+        check_tokens(amount, supply)
+    else:
         log.warning("the budget is %d rows, only %d can be chosen: all are kept", amount, supply)
 
 

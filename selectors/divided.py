@@ -9,7 +9,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
-from curate.selectors.budget import budget_rows, need_tokens
+from curate.selectors.budget import budget_rows, check_tokens, need_tokens
 from curate.selectors.group_budgets import GroupBudgets, MinShares, Shares, check_shares
 from curate.selectors.picks import Candidates, candidates
 from curate.selectors.protocol import Budget, Table
@@ -90,11 +90,7 @@ class Divided:
         supply = int(totals.sum())
         if budget.kind == "tokens":
             amount = int(budget.value)
-            if amount > supply:
-                raise ValueError(
-                    f"a budget of {amount} tokens is more than the {supply} tokens that can be "
-                    "chosen"
-                )
+            check_tokens(amount, supply)
         else:
             amount = budget_rows(budget, table.rows)
             if amount > supply:
@@ -106,7 +102,12 @@ class Divided:
         shares = GroupBudgets(self.by_group, self.group_shares or "proportional", self.min_shares)
         names = pa.record_batch([pa.array(found.groups, pa.string())], [self.by_group])
         shares.numbers.of(names)  # numbered as the candidates are
-        return shares.divide(totals, amount)
+        divided = shares.divide(totals, amount)
+        if (given := int(divided.sum())) < min(amount, supply):  # groups without a share have more
+            if budget.kind == "tokens":
+                check_tokens(amount, given)
+            log.warning("the budget is %d rows, only %d have a share of it", amount, given)
+        return divided
 
 
 def within(

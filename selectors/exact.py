@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 from numpy import ndarray
 
-from curate.selectors.budget import budget_rows, need_tokens
+from curate.selectors.budget import budget_rows, check_tokens, need_tokens
 from curate.selectors.divided import within
 from curate.selectors.keyed import keyed64, mix64
 from curate.selectors.picks import Candidates, candidates, picked
@@ -100,6 +100,7 @@ def _bounded(
     if budget.kind == "tokens":
         assert found.tokens is not None, "the table counts tokens"
         sizes, amount = found.tokens, int(budget.value)
+        check_tokens(amount, int(sizes.sum()))
     else:
         amount = budget_rows(budget, table.rows)
     if sizes[kept].sum() <= amount:

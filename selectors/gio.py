@@ -9,7 +9,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 from numpy import ndarray
 
-from curate.selectors.budget import budget_rows, need_columns, need_tokens
+from curate.selectors.budget import budget_rows, check_tokens, need_columns, need_tokens
 from curate.selectors.gio_rows import Method, Outcome, Quantisation, Start, gio_rows
 from curate.selectors.gio_search import Descent, Objective
 from curate.selectors.gio_stop import Limits
@@ -195,6 +195,8 @@ class Gio:
         vectors = part_of(compared.vectors, able.places[pool])
         method = self.method(amount is not None, base)
         held = None if sizes is None else sizes[pool]
+        if held is not None and amount is not None:
+            check_tokens(amount, int(held.sum()))
         return pool, gio_rows(vectors, target, method, rng, held, amount)
 
 

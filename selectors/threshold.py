@@ -8,7 +8,9 @@ import pyarrow as pa
 from jaxtyping import Bool
 from numpy import ndarray
 
+from curate.selectors.budget import check_tokens
 from curate.selectors.choose import Choice
+from curate.selectors.cut import find_cuts
 from curate.selectors.protocol import Budget, Selection, Table
 from curate.selectors.score_keys import score_column
 from curate.selectors.window import by_score
@@ -20,7 +22,8 @@ class Threshold(Choice):
 
     The budget is an upper bound: of more rows than it allows, those with the highest scores are
     kept, or with the lowest where only `at_most` is given. Limits are compared in float32, as
-    scores are stored. Rows without a score never pass. Ties: corpus order.
+    scores are stored. Rows without a score never pass. Ties: corpus order. Of tokens it may not be
+    more than all rows with a score hold; finding that out takes one more scan.
     """
 
     by: str
@@ -36,7 +39,11 @@ class Threshold(Choice):
 
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
         first: Literal["high", "low"] = "low" if self.at_least is None else "high"
-        ordering = replace(by_score(table, self.by, first), passes=self._passes)
+        ordering = by_score(table, self.by, first)
+        if budget.kind == "tokens":
+            _, totals = find_cuts(self.counted(ordering, budget), lambda totals: [totals])
+            check_tokens(int(budget.value), int(totals.sum()))
+        ordering = replace(ordering, passes=self._passes)
         return self.choose(ordering, budget, may_fall_short=True)
 
     def _passes(self, batch: pa.RecordBatch) -> Bool[ndarray, " n"]:

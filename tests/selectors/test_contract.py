@@ -81,6 +81,32 @@ class TestEverySelector:
         failed = {1, 50, 5, 6} if "by" in selector_fields(name) else {1, 50}
         assert not failed & set(chosen.tolist())
 
+    def test_tokens_below_at_and_above_the_supply(self, name, make_table, table, kept):
+        """Kept to below, everything chosen at, refused above; failed rows do not count."""
+        tokens = np.random.default_rng(5).integers(1, 9, 95)
+        columns = {"label": table.data["label"], "tokens": pa.array(tokens, pa.int32())}
+        counted = make_table(np.arange(1, 96) % 7 + 1, errors=[1, 50], **columns)
+        for part in ("vectors", "target", "target_values"):
+            setattr(counted, part, getattr(table, part))
+        supply = int(tokens.sum() - tokens[1] - tokens[50])
+
+        def chosen(amount):
+            budget = Budget("tokens", amount)
+            return kept(make(name).select(counted, budget, np.random.default_rng(0)))
+
+        if name == "pa_da":
+            with pytest.raises(ValueError, match="counted in rows, not in tokens"):
+                chosen(9)
+            return
+        half = int(tokens[chosen(supply // 2)].sum())
+        # Fifty strata or three groups each end before their own row of up to 8 tokens.
+        assert supply // 2 - 50 < half <= supply // 2
+        assert len(chosen(supply)) == 93
+        for amount in (supply + 1, 10 * supply):
+            said = f"{amount} tokens is more than the {supply} tokens"
+            with pytest.raises(ValueError, match=said):
+                chosen(amount)
+
     def test_batches_begin_with_the_selection_schema(self, name, table):
         selection = make(name).select(table, Budget("rows", 9), np.random.default_rng(0))
         for batch in selection.batches:
@@ -102,3 +128,17 @@ class TestEverySelector:
             assert selection.params["stopped"] != "budget"
         elif selection.params.get("weight_kind") != "repeat":
             assert len(kept(selection)) in (91, 93)
+
+
+@pytest.mark.parametrize("name", ["herding", "random"])
+def test_tokens_above_what_groups_with_a_share_hold_are_refused(name, make_table, table, caplog):
+    label = table.data["label"].to_numpy()
+    counted = make_table(np.ones(95), label=table.data["label"], tokens=pa.array([2] * 95))
+    counted.vectors, counted.target = table.vectors, None
+    selector = make_selector(name, by_group="label", group_shares={"1": 1})
+    held = 2 * int((label == 1).sum())
+    said = f"{held + 1} tokens is more than the {held} tokens"
+    with pytest.raises(ValueError, match=said):
+        selector.select(counted, Budget("tokens", held + 1), np.random.default_rng(0))
+    selector.select(counted, Budget("rows", held), np.random.default_rng(0))
+    assert f"only {held // 2}" in caplog.text
