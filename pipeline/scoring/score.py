@@ -178,8 +178,8 @@ def score(
     that are nearest to it and farthest from it, by the `similarity` (cosine, dot) of sketches.
 
     `engine` is `local` (this process), `ray` (a pool of `workers`, each with `num_gpus`, here or
-    at `ray_address`) or `auto`. `threads` of a worker depend on the model alone by default, so
-    that the same configuration gives the same bytes on either engine with any number of workers.
+    at `ray_address`) or `auto`. `threads` of a worker are by default one for a small model, else
+    OMP_NUM_THREADS or up to eight, however many workers there are: the same bytes on either engine.
 
     With `dry_run` nothing is written and the plan comes back, with a time from a few batches.
 

@@ -118,11 +118,11 @@ class ScoreRows:
         self.reduction = Reduction(work)
         self.records = self.reduction.read_records(unit)
         self.errors: dict[int, str] = {}
-        n, many = unit.rows, len(work.runs) > 1
+        n = unit.rows
         self.columns: dict[str, np.ndarray] = {}
         for alias, scorer in self.reduction.scorers.items():
             self.columns[alias] = np.full(n, np.nan, np.float32)
-            if many:
+            if alias in work.averaged:
                 self.columns[f"{alias}_std"] = np.full(n, np.nan, np.float32)
             by_checkpoint = work.keep_checkpoints or aggregate_of(scorer) is not None
             if by_checkpoint and has_checkpoints(scorer):

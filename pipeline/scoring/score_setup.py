@@ -406,12 +406,18 @@ def _say_weights(work: Work) -> None:
 
 
 def threads_for(parameters: int) -> int:
-    """Return the threads of a scoring process, from the model alone.
+    """Return the threads of a scoring process: what OMP_NUM_THREADS says, else up to eight.
 
     Below a million parameters a second thread costs more than it brings (up to ten times, from
-    spinning); and results must not depend on how many workers share the machine.
+    spinning): there it is one. Never from how many workers share the machine: results must not
+    depend on that. Not part of the run's configuration: sums over threads differ by rounding.
     """
-    return 1 if parameters < 1_000_000 else min(8, os.cpu_count() or 1)
+    if parameters < 1_000_000:
+        return 1
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # outermost level
+    if first.isdecimal() and int(first):
+        return int(first)
+    return min(8, os.cpu_count() or 1)
 
 
 def device_for(num_gpus: float | None) -> str:

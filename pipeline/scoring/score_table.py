@@ -39,7 +39,7 @@ def score_schema(
     *,
     id_type: pa.DataType | None = None,
     keep: Sequence[pa.Field] = (),
-    with_std: bool = False,
+    with_std: Collection[str] = (),
     with_checkpoints: Collection[str] = (),
     with_groups: Collection[str] = (),
     with_tokens: bool = False,
@@ -58,7 +58,7 @@ def score_schema(
     scores: list[pa.Field] = []
     for alias in aliases:
         scores.append(pa.field(alias, pa.float32()))
-        if with_std:
+        if alias in with_std:
             scores.append(pa.field(f"{alias}_std", pa.float32()))
         if alias in with_checkpoints:
             scores.append(pa.field(f"{alias}_by_checkpoint", pa.list_(pa.float32())))

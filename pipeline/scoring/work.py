@@ -90,6 +90,13 @@ class Work:
         return {alias: how for alias, how in asked.items() if how != "raw"}
 
     @cached_property
+    def averaged(self) -> list[str]:
+        """The aliases whose score is a mean over several seeds, with its deviation beside it."""
+        if len(self.runs) < 2:
+            return []
+        return [alias for alias, scorer in self.made.items() if has_seeds(scorer)]
+
+    @cached_property
     def label(self) -> str | None:
         """The corpus column that holds the class."""
         return task_from_description(dict(self.task), self.corpus).columns(self.corpus.schema).label
@@ -123,7 +130,7 @@ class Work:
             scorers,
             id_type=corpus.field(self.id_column).type if self.id_column else None,
             keep=[corpus.field(name) for name in self.keep],
-            with_std=len(self.runs) > 1,
+            with_std=self.averaged,
             with_checkpoints=[a for a, s in scorers.items() if has_checkpoints(s)]
             if self.keep_checkpoints
             else [],
@@ -177,6 +184,12 @@ def has_checkpoints(scorer: Scorer) -> bool:
         return False
     of_run = RECORD_KINDS | SPREAD_KINDS | TEXT_KINDS | TABLE_KINDS
     return not any(s.kind in of_run for s in scorer.needs)
+
+
+def has_seeds(scorer: Scorer) -> bool:
+    """Tell whether the scorer has a value in each seed's run: not what is read from texts alone,
+    or made of the whole table."""
+    return needs_checkpoints({"": scorer})
 
 
 def has_groups(scorer: Scorer) -> bool:

@@ -74,6 +74,9 @@ def test_the_column_is_the_order_of_the_selection(
     run("score", pool, *asked, "--unit-rows", "25", code=3)  # 3: a row has an error
     steps, table = column(scores), ScoreTable.open(scores)
     assert table.schema.field("gio").type == pa.float32()
+    # Two seeds, but one search over the whole table: there is nothing to have a deviation.
+    assert table.schema.names == ["shard", "row", "label", "gio", "loss", "loss_std", "error"]
+    assert not np.isnan(column(scores, "loss_std")[[0, 59]]).any()
     assert np.isnan(steps[5]) and (steps >= 0).any()
     assert not np.isnan(column(scores, "loss")[[0, 59]]).any()
     report = table.success["notes"]["gio"]["gio"]
