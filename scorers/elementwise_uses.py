@@ -227,6 +227,17 @@ def expand(param: Lookup, input: Any, *sizes: Any, **kwargs: Any) -> Use | None:
     return Use("expand", {"weight": p}, parts, _outside(p.shape))
 
 
+def repeat(param: Lookup, input: Any, *sizes: Any) -> Use | None:
+    """The same by a copy; not where the parameter stands side by side with itself."""
+    p = param(input)
+    counts = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if p is None or any(
+        n > 1 and count != 1 for n, count in zip(reversed(p.shape), reversed(counts), strict=False)
+    ):
+        return None
+    return expand(param, input)
+
+
 def _unbroadcast(g: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
     """Return g [S, *shape]: rows first, summed over where the parameter was repeated."""
     aligned = (1,) * (g.dim() - len(shape)) + tuple(shape)

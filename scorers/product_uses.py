@@ -16,7 +16,7 @@ from curate.scorers.uses import Lookup, Param, Saved, Use, by_role
 
 def linear(param: Lookup, input: Tensor, weight: Any, bias: Any = None) -> Use | None:
     w, b = param(weight), param(bias)
-    if param(input) or weight.dim() != 2:
+    if param(input) or weight.dim() != 2 or (b is not None and b.shape != weight.shape[:1]):
         return None
     return _matrix_product("linear", input, w, b, output_is_rows=True)
 
@@ -25,7 +25,7 @@ def addmm(
     param: Lookup, input: Any, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1
 ) -> Use | None:
     w, b = param(mat2), param(input)
-    if param(mat1) or beta != 1 or alpha != 1 or (b is not None and len(b.shape) != 1):
+    if param(mat1) or beta != 1 or alpha != 1 or (b is not None and b.shape != mat2.shape[1:]):
         return None
     return _matrix_product("linear", mat1, w, b, output_is_rows=False)
 

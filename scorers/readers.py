@@ -37,7 +37,8 @@ READERS: dict[Callable[..., Any], Reader] = {
     **dict.fromkeys((_T.add_, _T.__iadd__), elementwise.iadd),
     **dict.fromkeys((torch.sub, torch.subtract, _T.sub, _T.subtract, _T.__sub__), elementwise.sub),
     _T.__rsub__: elementwise.rsub,
-    **dict.fromkeys((_T.expand, _T.expand_as, _T.repeat, torch.broadcast_to), elementwise.expand),
+    **dict.fromkeys((_T.expand, _T.expand_as, torch.broadcast_to), elementwise.expand),
+    _T.repeat: elementwise.repeat,
 }
 """Functions that we know exactly. Division and the like go through the fallback paths."""
 
