@@ -84,11 +84,10 @@ def looked_up(
     indexed: Indexed,
 ) -> tuple[Int[Tensor, " u"], Int[Tensor, " u"], Float[Tensor, "u d"]]:
     """Return the entries of a table that have a gradient: their row, place and gradient."""
-    rows, tokens = indexed.index.shape
     most = int(indexed.index.max()) + 1 if indexed.index.numel() else 1
-    row = torch.arange(rows, device=indexed.index.device)[:, None]
+    row = torch.arange(len(indexed.index), device=indexed.index.device)[:, None]
     where, place = torch.unique(row * most + indexed.index, return_inverse=True)
-    right = accumulable(indexed.right).reshape(rows * tokens, -1)
+    right = accumulable(indexed.right).flatten(0, 1)
     g = right.new_zeros(len(where), right.shape[1]).index_add_(0, place.flatten(), right)
     return where // most, where % most, g
 

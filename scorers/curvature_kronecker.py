@@ -95,7 +95,7 @@ def _joined(
     groups, left, right = own.eigenvalues.shape
     if bias is None:
         return v.reshape(len(v), groups, left, right).double()
-    if _holds_ones(own.left, v.shape[1]):
+    if left > v.shape[1]:  # the inputs and their 1 stand there
         whole = torch.cat([v.reshape(len(v), 1, left - 1, right), bias[:, None, None]], 2)
         return whole.double()
     column = bias.reshape(len(v), groups, left, 1)
@@ -115,10 +115,6 @@ def _split(
     if layer.bias is not None and bias is not None:
         out[layer.bias] = bias.reshape(like[layer.bias].shape).to(v.dtype)
     return out
-
-
-def _holds_ones(basis: Float[Tensor, "g l l"], rows: int) -> bool:
-    return len(basis) == 1 and basis.shape[1] > rows
 
 
 # -- estimation: readouts whose results are sums over the rows of a batch
