@@ -200,12 +200,16 @@ class SignalPass:
 
     @contextmanager
     def reading(self, task: Task) -> Iterator[None]:
-        """Within: batches come from another corpus, by its own task; the models stay."""
-        before, self.task = self.task, task
+        """Within: batches come from another corpus, by its own task; the models stay.
+
+        What is read from texts is not asked of it: that is for scores alone.
+        """
+        before = self.task, self.texts
+        self.task, self.texts = task, None
         try:
             yield
         finally:
-            self.task = before
+            self.task, self.texts = before
 
     def sketch_error(self, batch: Batch) -> float | None:
         """Return the measured error of cosines by stored sketches, at the last checkpoint."""
@@ -321,6 +325,10 @@ class SignalPass:
                 load_weights(self.model, self.work.checkpoints[k])
             self._loaded = k
         return self.engines[0]
+
+    def engine_at(self, k: int) -> Engine:
+        """Return the engine with checkpoint k's weights, for batches of the caller's own."""
+        return self._ready(k)
 
     def _ready(self, k: int) -> Engine:
         """Return the engine with checkpoint k's weights and what it compares rows with there."""

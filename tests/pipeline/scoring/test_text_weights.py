@@ -19,6 +19,8 @@ from curate.pipeline.reporting.report import write_report
 from curate.pipeline.scoring import text_weights
 from curate.pipeline.scoring.score import score
 from curate.pipeline.scoring.score_table import ScoreTable
+from curate.pipeline.stores.store import open_store
+from curate.pipeline.training.train import train
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
 
@@ -160,6 +162,30 @@ def test_a_label_is_kept_and_not_asked_of_the_target(tmp_path: Path) -> None:
     )
     assert "label" in table.schema.names and table.rows == 20
     assert "dsir" in Path(write_report(tmp_path / "run")).read_text()
+
+
+def test_beside_stores_of_a_target(tmp_path: Path) -> None:
+    # The target's vectors come from the same pass, and have no n-gram weights.
+    raw, known = texts(12, 0), texts(5, 1, first=2)
+    corpus, target = written(tmp_path / "corpus", raw), written(tmp_path / "target", known)
+    small = {"layers": 1, "dim": 16, "heads": 2}
+    made = train(
+        corpus, model="gpt", model_options=small, seeds=[0], steps=1, out=tmp_path / "checkpoints"
+    )
+    table = score(
+        corpus,
+        checkpoints=[c.path for c in made],
+        scorers=["loss", "dsir"],
+        target=target,
+        store=["embedding"],
+        out=tmp_path / "s",
+        progress=False,
+    )
+    assert table.success["bad_rows"] == 0
+    np.testing.assert_allclose(
+        np.array(column(tmp_path / "s"), float), brute(raw, known), rtol=1e-6
+    )
+    assert open_store(tmp_path / "s", "embedding", target=True).rows == 5
 
 
 def test_killed_while_counting_or_scoring_it_ends_in_the_same_bytes(
