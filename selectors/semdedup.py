@@ -11,13 +11,15 @@ from numpy import ndarray
 from curate.selectors.divided import Divided, Part, within
 from curate.selectors.picks import Candidates, picked
 from curate.selectors.protocol import Budget, Selection, Table
-from curate.selectors.quantise import quantise
+from curate.selectors.quantise import SAMPLE, quantise
 from curate.selectors.score_keys import sort_keys
 from curate.selectors.similar_before import similar_before
 from curate.selectors.vectors import UnitVectors, VectorTable
 
 CLUSTER_ROWS = 2048
 """Rows in a cluster, about, unless `clusters` says otherwise."""
+SEEN_ROWS = 16_384
+"""Rows that k-means sees at least: with a sample of a few, "far from the centroid" is chance."""
 EPSILON = 0.05
 """Where neither a budget nor `epsilon` says how similar rows may be."""
 
@@ -39,7 +41,8 @@ class SemDeDup(Divided):
     one before them. Without `epsilon` the budget is met by the same order, which is that of the
     epsilon that keeps so many; without either, epsilon is 0.05. `similarity`, recorded, is the
     largest that was kept. With `by_group` each group is searched by itself. `clusters` is their
-    number in each, by default one for 2048 rows. Ranked, the least similar first, without groups.
+    number in each, by default one for 2048 rows; k-means sees 128 rows for each, all of up to
+    16 384 rows. Ranked, the least similar first, without groups.
 
     Time n·clusters·D for k-means and n·D for each row of a cluster; memory one cluster's vectors.
     """
@@ -66,6 +69,11 @@ class SemDeDup(Divided):
         if isinstance(self.clusters, int) and self.clusters < 1:
             raise ValueError(f"clusters must be a count of at least 1, not {self.clusters!r}")
 
+    @property
+    def order(self) -> str:
+        """What puts a cluster in order: `keep`, or its default."""
+        return self.keep or ("hard" if self.by is None else "score")
+
     def select(self, table: VectorTable, budget: Budget, rng: np.random.Generator) -> Selection:
         epsilon = EPSILON if self.epsilon is None and _is_all(budget) else self.epsilon
         places, similar, clusters, rows = [], [], 0, 0
@@ -84,22 +92,24 @@ class SemDeDup(Divided):
             "similarity": max((float(s.max()) for s in similar if len(s)), default=-1.0),
             "used_clusters": clusters,
             "compared": rows,
+            "keep": self.order,
         }
+        params |= {} if epsilon is None else {"epsilon": epsilon}
         return picked(table, chosen, ranks=ranks, params=params)
 
     def _compared(self, part: Part, seed: int) -> tuple[Float32[ndarray, " n"], int]:
         """Return how similar each row is to one before it, and the number of clusters."""
         n = len(part.places)
         count = math.ceil(n / CLUSTER_ROWS) if self.clusters is None else min(self.clusters, n)
-        found = quantise(UnitVectors(part.vectors), count, seed)
-        keep = self.keep or ("hard" if self.by is None else "score")
-        if keep == "random":
+        sample = max(SAMPLE, SEEN_ROWS // count)
+        found = quantise(UnitVectors(part.vectors), count, seed, sample)
+        if self.order == "random":
             key = np.random.default_rng(seed).permutation(n)
-        elif keep == "score":
+        elif self.order == "score":
             assert part.score is not None, "candidates have the score asked for"
             key = sort_keys(part.score, self.direction)
         else:
-            key = sort_keys(found.distance, "high" if keep == "hard" else "low")
+            key = sort_keys(found.distance, "high" if self.order == "hard" else "low")
         order = np.lexsort((key, found.cluster))
         edges = np.cumsum(found.rows)[:-1]
         return similar_before(part.vectors, np.split(order, edges)), len(found.rows)

@@ -92,6 +92,20 @@ def test_the_order_says_which_row_of_a_pair_stays(make_table, kept, keep):
     assert 0 < len(expected) < 80
 
 
+def test_one_cluster_is_in_the_order_of_distance_from_the_mean_of_all_its_rows(make_table, kept):
+    base = np.random.default_rng(12).normal(size=(150, 6)) + 0.3
+    near = base[:140] + 0.1 * np.random.default_rng(13).normal(size=(140, 6))
+    points = np.vstack([base, near]).astype(np.float32)  # more than 128 rows, which it once saw
+    units = points / np.linalg.norm(points.astype(np.float64), axis=1, keepdims=True)
+    away = np.linalg.norm(units - units.mean(axis=0), axis=1)
+    for keep, key in (("hard", -away), ("easy", away)):
+        selector = SemDeDup(keep=keep, epsilon=0.05)
+        table = table_of(make_table, points)
+        selection = selector.select(table, Budget("fraction", 1.0), np.random.default_rng(0))
+        expected = np.flatnonzero(plain(points, [np.argsort(key, kind="stable")]) <= 0.95)
+        assert kept(selection).tolist() == expected.tolist()
+
+
 def test_a_budget_keeps_what_the_epsilon_of_that_size_would(make_table, kept, ranked):
     points = np.random.default_rng(4).normal(size=(70, 3)).astype(np.float32)
     table = table_of(make_table, points)
@@ -120,6 +134,7 @@ def test_without_budget_and_epsilon_it_is_five_hundredths(make_table, kept):
     said = SemDeDup(epsilon=0.05).select(table, for_all, np.random.default_rng(0))
     assert kept(default).tolist() == kept(said).tolist()
     assert default.params["similarity"] <= 0.95
+    assert default.params["epsilon"] == 0.05 and default.params["keep"] == "hard"
 
 
 def test_groups_are_searched_apart(make_table, kept):
