@@ -106,4 +106,5 @@ def test_tracin_agrees_with_dattri(tmp_path: Path) -> None:
             found = np.stack(ours[f"{name}_by_group"].to_numpy(zero_copy_only=False))
             # float32 sums of 1200 products against float64: 1e-5 of the largest.
             scale = np.abs(theirs[name]).max()
+            print(f"{name}: {np.abs(found - theirs[name]).max() / scale:.0e}")
             np.testing.assert_allclose(found, theirs[name], rtol=0, atol=1e-5 * scale)
