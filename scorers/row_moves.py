@@ -25,6 +25,7 @@ _REORDERS = {
     torch.nonzero, _T.nonzero, torch.unique, _T.unique, torch.randperm,
     torch._VF._pack_padded_sequence,
 }  # fmt: skip
+_TAKES_K = {torch.topk, _T.topk}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
 _STACKS = {torch.stack, torch.vstack}
 _PICKS = {torch.index_select, _T.index_select}
@@ -54,7 +55,7 @@ class RowMoves:
         """Return whether the call picks entries by value, or joins pieces that are not batches."""
         if func in _JOINS:
             pieces = _pieces(args, kwargs)
-            return _dim(args, kwargs) == 0 and any(not self._has_rows(p) for p in pieces)
+            return _along_first(pieces, args, kwargs) and not all(map(self._has_rows, pieces))
         return func in _ROUTES or func in _REORDERS or _indexes(func, args, kwargs)
 
     def reorders(
@@ -62,15 +63,17 @@ class RowMoves:
     ) -> bool:
         """Return whether rows may come out of the call in another order."""
         if func in _REORDERS:
-            return self._along_rows(args, kwargs)
+            return self._along_rows(func, args, kwargs)
         if func in _JOINS or func in _STACKS:
             # One piece per row, in an order that Python chose.
             pieces = _pieces(args, kwargs)
-            return len(pieces) == self._sequences and _dim(args, kwargs) == 0
+            new = 0 if func in _JOINS else 1
+            return len(pieces) == self._sequences and _along_first(pieces, args, kwargs, new)
         if func in _PICKS:
             index = kwargs.get("index", args[-1])
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            return dim == 0 and self._has_rows(args[0]) and not self._counts_rows(index)
+            is_first = dim in (0, -args[0].dim())
+            return is_first and self._has_rows(args[0]) and not self._counts_rows(index)
         if func in (_T.__getitem__, _T.__setitem__) and self._has_rows(args[0]):
             if args[0].dtype == torch.bool:
                 return False  # a mask: it holds nothing that a layer takes
@@ -88,14 +91,18 @@ class RowMoves:
             return True  # a mask keeps the order; what it leaves out shows in the shape
         return any(index is c for c in self._counts)
 
-    def _along_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def _along_rows(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
         """Sorting along the row axis puts rows where only this batch's values say."""
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if x is None or x.dim() == 0:
             return False
-        dims = [a for a in args[1:] if type(a) is int] + [kwargs.get("dim")]
-        dim = next((d for d in reversed(dims) if d is not None), -1)
-        return x.dim() == 1 or (-x.dim() <= dim < x.dim() and x.shape[dim] == self._sequences)
+        numbers = [a for a in args[2 if func in _TAKES_K else 1 :] if type(a) is int]
+        dim = kwargs.get("dim", numbers[-1] if numbers else None)
+        if dim is None:
+            dim = 0 if func is torch.msort else -1
+        return x.dim() == 1 or x.shape[dim] == self._sequences
 
 
 def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
@@ -103,8 +110,12 @@ def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
     return pieces if isinstance(pieces, (list, tuple)) else ()
 
 
-def _dim(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-    return args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+def _along_first(
+    pieces: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], new: int = 0
+) -> bool:
+    """Return whether the pieces are joined along the first axis, of which `new` come to theirs."""
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    return len(pieces) > 0 and dim in (0, -(pieces[0].dim() + new))
 
 
 def _indexes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
