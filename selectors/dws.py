@@ -39,6 +39,8 @@ class Dws(Rent):
         values, params = self.weights(table)
         key = int(rng.bit_generator.random_raw())
         drawn = gammas(self.alpha * values, uniforms(table, key))
+        total = float(np.nansum(drawn))
+        drawn = drawn / total if total > 0 else drawn  # a point of the simplex over all rows
         return self.weighed(table, drawn, budget, rng, params, self.weight_kind)
 
 

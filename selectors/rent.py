@@ -20,6 +20,7 @@ from curate.selectors.weighing import Weighing
 
 TINY = 1e-12
 OFF = 0.02  # stored probabilities are float16
+SHOWN = 100  # the most classes whose estimated matrix a manifest holds
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ class Rent(Weighing):
         values[rows.places] = found
         digest = hashlib.sha256(np.ascontiguousarray(given).tobytes()).hexdigest()
         kept = float(np.diag(given).mean())
-        return values, {"matrix": {"sha256": digest, "classes": classes, "kept": kept}}
+        matrix: dict[str, object] = {"sha256": digest, "classes": classes, "kept": kept}
+        if self.estimate is not None and classes <= SHOWN:
+            matrix["noisy_by_clean"] = given.tolist()
+        return values, {"matrix": matrix}
 
     def _matrix(self) -> Float64[ndarray, "c c"] | None:
         if isinstance(self.transition, str):
