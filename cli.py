@@ -388,7 +388,7 @@ def select(
         float | None, typer.Option(help="Cut weights at this many times their mean.")
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="What epochs show: rs2 or curriculum.")
+        str | None, typer.Option(help="What epochs show: rs2, curriculum or cooldown.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Length of the scheduled training.")] = None,
     schedule_param: Annotated[

@@ -4,10 +4,11 @@ One output file (or two) per unit of consecutive rows, each committed whole; `_S
 anywhere, the same call goes on with the units that have no receipt.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from curate.pipeline.exporting.unit import OWN, export_unit, read_receipt, writt
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.storing.lock import RunLock
 from curate.pipeline.storing.storage import Folder, canonical_json, is_url
+from curate.pipeline.storing.vacate import vacated
 
 log = logging.getLogger("curate.export")
 
@@ -92,7 +94,7 @@ def export(
     folder = Folder(os.fspath(out))
     _refuse_inside_corpus(folder, opened)
     _refuse_foreign(folder)
-    with RunLock(folder.child(OWN)) as lock:
+    with vacated(folder), RunLock(folder.child(OWN)) as lock, _nothing_planned_in_vain(folder):
         if overwrite:
             clear(folder)
         folder.clean_tmp()
@@ -185,6 +187,17 @@ def _planned(job: Export, folder: Folder) -> dict[str, Any]:
     plan: dict[str, Any] = folder.read_json(PLAN)
     keys = ("number", "start", "stop", "rows", "count")
     return {**plan, "units": [{k: u[k] for k in keys} for u in plan["units"]]}
+
+
+@contextlib.contextmanager
+def _nothing_planned_in_vain(folder: Folder) -> Iterator[None]:
+    """Remove the plan where the block fails before any file of it is there."""
+    try:
+        yield
+    except Exception:
+        if folder.exists(PLAN) and not _is_begun(folder):
+            folder.delete(PLAN)
+        raise
 
 
 def _is_begun(folder: Folder) -> bool:

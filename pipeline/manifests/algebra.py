@@ -15,8 +15,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64
 from numpy import ndarray
 
-from curate.pipeline.manifests.claim import found_again, make_free, of_manifests
-from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
+from curate.pipeline.manifests.claim import found_again, make_free, of_manifests, writing
+from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.merge import Source, Window, windows
 from curate.pipeline.manifests.mixed_corpus import split_description
 from curate.pipeline.storing.storage import Folder
@@ -203,12 +203,8 @@ class _Request:
             raise ValueError(f"nothing is left: {self.method} of {names} gives no row")
         make_free(folder)
         scale = rows / total if self._is_relative and total > 0 else 1.0
-        try:
+        with writing(folder):
             files, written = write_parts(folder, self._batches(sources, chosen, scale))
-        except Exception:
-            for name in filter(is_part, folder.names()):
-                folder.delete(name)
-            raise
         assert written == rows, "the second pass met other rows than the first"
         selection = {**request, "budget": {"kind": "rows", "value": rows}, "selected": rows}
         return Manifest(folder, write_manifest(folder, self._content(selection, files)))

@@ -13,6 +13,9 @@ from curate.selectors.groups import GroupNumbers
 from curate.selectors.protocol import Table
 from curate.selectors.score_keys import score_column
 
+CODE = "__group"
+"""The number of a row's group, of kept rows whose schedule needs it; `group` in the manifest."""
+
 
 @dataclass
 class Counts:
@@ -123,7 +126,7 @@ class Census:
         for batch in batches:
             self._count(self.kept, batch)
             self._weigh(batch)
-            own = ("shard", "row", "id", "weight", "rank")
+            own = ("shard", "row", "id", "weight", "rank", CODE)
             yield batch.select([name for name in batch.schema.names if name in own])
 
     def groups(self) -> dict[str, dict[str, int]] | None:

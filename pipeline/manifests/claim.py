@@ -1,10 +1,13 @@
 """Output folders of manifests that are made from manifests."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part
 from curate.pipeline.storing.storage import Folder
+from curate.pipeline.storing.vacate import vacated
 
 
 def found_again(folder: Folder, selection: dict[str, Any], overwrite: bool) -> Manifest | None:
@@ -40,6 +43,18 @@ def make_free(folder: Folder) -> None:
     for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
         folder.delete(name)
     folder.clean_tmp()
+
+
+@contextlib.contextmanager
+def writing(folder: Folder) -> Iterator[None]:
+    """Remove, where the block fails, the parts that it wrote and the folders that it made."""
+    with vacated(folder):
+        try:
+            yield
+        except Exception:
+            for name in filter(is_part, folder.names()):
+                folder.delete(name)
+            raise
 
 
 def of_manifests(manifests: list[Manifest]) -> list[dict[str, Any]]:

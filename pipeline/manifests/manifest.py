@@ -85,7 +85,7 @@ def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
     missing = KEYS - content.keys() - {"format", "version"}
     assert not missing, f"a manifest without {sorted(missing)}"
     schedule = content["schedule"]
-    has_groups = schedule is not None and schedule["rule"] == "cooldown"
+    has_groups = schedule is not None and "groups" in schedule["params"]
     version = 2 if has_groups or "parts" in content["corpus"] else 1
     whole = {**content, "format": FORMAT, "version": version}
     folder.replace(NAME, canonical_json(whole))

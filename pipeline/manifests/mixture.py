@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from curate.pipeline.manifests.algebra import Path_, first_columns, sampled
-from curate.pipeline.manifests.claim import found_again, make_free, of_manifests
-from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
+from curate.pipeline.manifests.claim import found_again, make_free, of_manifests, writing
+from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.merge import windows
 from curate.pipeline.manifests.mixed_corpus import mix_corpora
 from curate.pipeline.storing.storage import Folder
@@ -75,13 +75,9 @@ def mix(
     if by != "rows":
         scales = [share * sum(taken) / _sum(m) for share, m in zip(shares, opened, strict=True)]
     make_free(folder)
-    try:
+    with writing(folder):
         batches = _batches(opened, taken, seed, scales if by != "rows" else None)
         files, rows = write_parts(folder, batches)
-    except Exception:
-        for name in filter(is_part, folder.names()):
-            folder.delete(name)
-        raise
     groups = {
         m.content["corpus"]["uri"]: {"of": m.corpus.rows, "kept": kept}
         for m, kept in zip(opened, taken, strict=True)

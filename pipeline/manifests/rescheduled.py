@@ -1,28 +1,22 @@
 """A selection with a schedule: the same rows, and what each epoch shows of them."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32
-from numpy import ndarray
 
 from curate.pipeline.manifests.algebra import Path_, first_columns
-from curate.pipeline.manifests.claim import found_again, make_free, of_manifests
+from curate.pipeline.manifests.claim import found_again, make_free, of_manifests, writing
 from curate.pipeline.manifests.curriculum import hard_end
-from curate.pipeline.manifests.manifest import Manifest, is_part, write_manifest, write_parts
-from curate.pipeline.manifests.row_source import RowSource
+from curate.pipeline.manifests.grouping import ANY, Grouping, ManifestGroups, split_group
+from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.schedules import make_schedule, refuse_rates, schedule_content
 from curate.pipeline.storing.storage import Folder
 from curate.scorers.registry import scorer_from_spec
 
 log = logging.getLogger("curate.manifest")
-
-MAX_GROUPS = 10_000
 
 
 def schedule(
@@ -40,7 +34,7 @@ def schedule(
     `rule` is `rs2`, `curriculum` or `cooldown`, `params` its parameters (`Rs2`, `Curriculum`,
     `Cooldown`). A curriculum finds out by itself which end of the ranks is hard where the scorer
     says what high values mean. Cooldown takes `by_group`, a column of the corpus, for its groups;
-    a mixture has its corpora as groups already.
+    a mixture has its corpora as groups already. With `by_group` rs2 is stratified by that column.
 
     Raises:
         ValueError: the rule, a parameter or the weights are wrong, ranks or groups are missing, or
@@ -51,10 +45,7 @@ def schedule(
     folder = Folder(str(out))
     if folder == opened.folder:
         raise ValueError(f"{folder.uri} is the manifest to read; choose another folder")
-    asked = dict(params or {})
-    by_group = asked.pop("by_group", None) if rule == "cooldown" else None
-    if not isinstance(by_group, str | None):
-        raise ValueError(f"by_group must name a column of the corpus, not {by_group!r}")
+    by_group, asked = split_group(rule, dict(params or {}))
     selection = opened.content["selection"]
     if rule == "curriculum":
         has_ranks = "rank" in first_columns(opened)
@@ -73,24 +64,19 @@ def schedule(
             },
         },
     }
-    groups = _Groups(opened, by_group) if rule == "cooldown" else None
-    if groups is None:
-        made = make_schedule(rule, seed, epochs, asked)  # all is checked before anything is written
-    else:
-        make_schedule(rule, seed, epochs, {**asked, "groups": ("any",), "rows": (1,)})
+    is_grouped = rule == "cooldown" or by_group is not None
+    groups = ManifestGroups(opened, by_group) if is_grouped else None
+    # All is checked before anything is written.
+    made = make_schedule(rule, seed, epochs, {**asked, **(ANY if is_grouped else {})})
     if (found := found_again(folder, request, overwrite)) is not None:
         log.info("%s holds this schedule already", folder.uri)
         return found
     make_free(folder)
-    try:
-        files, _ = write_parts(folder, groups.batches() if groups else _batches(opened))
-    except Exception:
-        for name in filter(is_part, folder.names()):
-            folder.delete(name)
-        raise
+    with writing(folder):
+        batches = opened.batches() if groups is None else groups.batches()
+        files, _ = write_parts(folder, map(_whole, batches))
     if groups is not None:
-        counted = {"groups": tuple(groups.names), "rows": tuple(groups.rows)}
-        made = make_schedule(rule, seed, epochs, {**asked, **counted})
+        made = make_schedule(rule, seed, epochs, {**asked, **groups.counted()})
     content = {
         **{k: v for k, v in opened.content.items() if k not in ("format", "version")},
         "selection": request,
@@ -102,10 +88,12 @@ def schedule(
 
 @dataclass(frozen=True)
 class Wish:
-    """A schedule that a selection is to have as soon as its rows are known: rs2 or curriculum.
+    """A schedule that a selection is to have as soon as its rows are known.
+
+    `by_group` among its parameters names the column of the score table that groups are counted in.
 
     Raises:
-        ValueError: the rule or a parameter is wrong, or groups have to be counted first.
+        ValueError: the rule or a parameter is wrong, or cooldown has no column of groups.
     """
 
     rule: str
@@ -114,29 +102,40 @@ class Wish:
     params: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if self.rule == "cooldown":
+        by_group, asked = split_group(self.rule, self.params)
+        if self.rule == "cooldown" and by_group is None:
             raise ValueError(
-                "cooldown counts the groups of a finished selection: select without --schedule, "
-                "then `curate manifest schedule --rule cooldown`"
+                "cooldown needs groups: by_group=COLUMN, a column of the score table, or "
+                "`curate manifest schedule` with one of the corpus"
             )
         if self.rule == "curriculum" and self.epochs == 1:
-            make_schedule(self.rule, self.seed, 1, {"start": 1.0, **self.params})
-        else:
-            make_schedule(self.rule, self.seed, self.epochs, self.params)
+            asked = {"start": 1.0, **asked}
+        make_schedule(self.rule, self.seed, self.epochs, {**asked, **(ANY if by_group else {})})
+
+    @property
+    def by_group(self) -> str | None:
+        """The column of the score table that groups are counted in."""
+        return split_group(self.rule, self.params)[0]
 
     def content(self) -> dict[str, Any]:
         """Return what the manifest says was asked for."""
         asked = {"rule": self.rule, "epochs": self.epochs, "params": self.params}
         return {k: v for k, v in asked.items() if v is not None and v != {}}
 
-    def fulfilled(self, content: dict[str, Any], has_ranks: bool, path: str) -> dict[str, Any]:
+    def fulfilled(
+        self, content: dict[str, Any], has_ranks: bool, path: str, grouping: Grouping | None
+    ) -> dict[str, Any]:
         """Return the manifest's `schedule`, for a manifest whose rest is `content`.
+
+        `grouping` has counted the rows that were kept, where there is a column of groups.
 
         Raises:
             ValueError: the weights or missing ranks contradict it.
         """
         refuse_rates(self.rule, content["weight_kind"])
-        asked = self.params
+        _, asked = split_group(self.rule, self.params)
+        if grouping is not None:
+            asked = {**asked, **grouping.counted()}
         if self.rule == "curriculum":
             asked = _curriculum_params(content, has_ranks, path, self.epochs, asked)
         made = make_schedule(self.rule, self.seed, self.epochs, asked)
@@ -172,64 +171,8 @@ def _high_means(content: dict[str, Any], by: str | None) -> str | None:
     return None
 
 
-def _batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
-    for batch in manifest.batches():
-        yield _whole(batch)
-
-
 def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Give the batch the column `rank`, null where the selection has none."""
     if "rank" in batch.schema.names:
         return batch
     return batch.append_column("rank", pa.nulls(batch.num_rows, pa.int32()))
-
-
-class _Groups:
-    """Gives each row its group while the parts are written, and counts the groups."""
-
-    def __init__(self, manifest: Manifest, by_group: str | None) -> None:
-        self.names: list[str] = []
-        self.rows: list[int] = []
-        self._manifest = manifest
-        self._codes: dict[str, int] = {}
-        self._source: RowSource | None = None
-        if by_group is not None:
-            self._column = by_group
-            self._source = RowSource.of_manifest(manifest, [by_group])
-        elif "group" in first_columns(manifest):
-            self._known = list(manifest.content["selection"]["params"]["groups"])
-        else:
-            raise ValueError(
-                "cooldown needs groups: by_group=COLUMN, a column of the corpus, or a mixture"
-            )
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        start = 0
-        for batch in map(_whole, self._manifest.batches()):
-            stop = start + batch.num_rows
-            if self._source is None:
-                codes = self._counted([self._known[i] for i in batch.column("group").to_pylist()])
-            else:
-                tables = self._source.stream(start, stop)
-                codes = self._counted([v for t in tables for v in t[self._column].to_pylist()])
-            if "group" in batch.schema.names:
-                batch = batch.drop_columns(["group"])
-            yield batch.append_column("group", pa.array(codes))
-            start = stop
-
-    def _counted(self, values: list[Any]) -> Int32[ndarray, " n"]:
-        codes = np.empty(len(values), dtype=np.int32)
-        for i, value in enumerate(values):
-            name = str(value)
-            if name not in self._codes:
-                if len(self.names) == MAX_GROUPS:
-                    raise ValueError(
-                        f"column {self._column!r} has more than {MAX_GROUPS} values; cooldown "
-                        "needs a column of groups"
-                    )
-                self._codes[name] = len(self.names)
-                self.names.append(name)
-                self.rows.append(0)
-            codes[i] = self._codes[name]
-            self.rows[codes[i]] += 1
-        return codes

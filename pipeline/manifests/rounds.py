@@ -1,6 +1,6 @@
-"""How often each of n rows is shown in round 0, 1, 2, … of m presentations each.
+"""How often each of n rows is shown in round 0, 1, 2, … of about m presentations each.
 
-Both kinds answer for any round and any rows, without the rounds before it being run.
+All kinds answer for any round and any rows, without the rounds before it being run.
 """
 
 from dataclasses import dataclass, field
@@ -22,16 +22,13 @@ IsTaken = Bool[ndarray, " n"]
 
 
 class Rounds(Protocol):
-    """`n` rows, `m` presentations a round."""
+    """Rounds over `n` rows."""
 
     @property
     def n(self) -> int: ...
 
-    @property
-    def m(self) -> int: ...
-
     def times(self, epoch: int, rows: Rows) -> Rows:
-        """Return how often that round shows each row; the sum over all rows is `m`."""
+        """Return how often that round shows each row."""
         ...
 
 
@@ -68,27 +65,91 @@ class WalkedRounds:
     n: int
     m: int
     key: int
-    _cutoff: "_Cutoffs" = field(init=False, repr=False, compare=False)
+    _walk: "Walk" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_cutoff", _Cutoffs(self))
+        rest = self.m % self.n
+        object.__setattr__(self, "_walk", Walk(self.n, self.key, EvenSteps(rest)))
 
     def times(self, epoch: int, rows: Rows) -> Rows:
         each, rest = divmod(self.m, self.n)
         if not rest:
             return np.full(len(rows), each, dtype=np.int64)
-        if each:
-            walk = WalkedRounds(self.n, rest, self.key)
-            return each + walk.times(epoch, rows)
-        return self._is_taken(epoch, rows).astype(np.int64)
+        return each + self._walk.is_taken(epoch, rows).astype(np.int64)
 
-    def _is_taken(self, epoch: int, rows: Rows) -> IsTaken:
-        walk, at = divmod(epoch * self.m, self.n)
-        if at + self.m <= self.n:
-            return self._is_between(walk, at, at + self.m, rows)
-        left = self.n - at
+
+@dataclass(frozen=True)
+class UnevenRounds:
+    """As `WalkedRounds`, where round e takes `begins[e]` to `begins[e + 1]` of the walk.
+
+    The sizes of any two rounds differ by one at most, and none is above `n`.
+    """
+
+    n: int
+    key: int
+    begins: Int64[ndarray, " e"]
+    _walk: "Walk" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = np.diff(self.begins)
+        assert np.ptp(sizes) <= 1 and 0 <= sizes.min() and sizes.max() <= self.n, "odd rounds"
+        object.__setattr__(self, "_walk", Walk(self.n, self.key, UnevenSteps(self.begins)))
+
+    def times(self, epoch: int, rows: Rows) -> Rows:
+        return self._walk.is_taken(epoch, rows).astype(np.int64)
+
+
+class Steps(Protocol):
+    """Where rounds begin, in rows from the start of the first walk."""
+
+    def begin(self, epoch: int) -> int: ...
+
+    def holder(self, place: int) -> int:
+        """Return the round that holds this place; of a place after the last, the one after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvenSteps:
+    m: int
+
+    def begin(self, epoch: int) -> int:
+        return epoch * self.m
+
+    def holder(self, place: int) -> int:
+        return place // self.m
+
+
+@dataclass(frozen=True)
+class UnevenSteps:
+    begins: Int64[ndarray, " e"]
+
+    def begin(self, epoch: int) -> int:
+        return int(self.begins[epoch])
+
+    def holder(self, place: int) -> int:
+        return int(np.searchsorted(self.begins, place, side="right")) - 1
+
+
+class Walk:
+    """Permutation after permutation of n rows, cut into rounds by `steps`."""
+
+    def __init__(self, n: int, key: int, steps: Steps) -> None:
+        self.n, self.key, self.steps = n, key, steps
+        self.cutoff = lru_cache(maxsize=64)(self._cutoff)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Walk, (self.n, self.key, self.steps))
+
+    def is_taken(self, epoch: int, rows: Rows) -> IsTaken:
+        """True for the rows that this round shows."""
+        begin, end = self.steps.begin(epoch), self.steps.begin(epoch + 1)
+        walk, at = divmod(begin, self.n)
+        stop = at + end - begin
+        if stop <= self.n:
+            return self._is_between(walk, at, stop, rows)
         tail = self._is_between(walk, at, self.n, rows)
-        return np.asarray(tail | self._is_between(walk + 1, 0, self.m - left, rows))
+        return np.asarray(tail | self._is_between(walk + 1, 0, stop - self.n, rows))
 
     def _is_between(self, walk: int, start: int, stop: int, rows: Rows) -> IsTaken:
         """True for rows that stand at places [start, stop) of this walk; rounds begin or end there.
@@ -100,39 +161,37 @@ class WalkedRounds:
         head = self._head(walk)
         if not head or start > head:
             return np.asarray((place >= start) & (place < stop))
-        in_head = (place < self._cutoff.of(walk)) & ~self._is_deferred(walk, rows)
+        in_head = (place < self.cutoff(walk)) & ~self._is_deferred(walk, rows)
         # The rows passed over are within the next round, which reaches past the cut-off.
         return np.asarray(in_head if start == 0 else (place < stop) & ~in_head)
 
     def _is_deferred(self, walk: int, rows: Rows) -> IsTaken:
         """True for rows that the walk before gave to the round that reaches into this walk."""
-        taken = self.m - self._head(walk)
+        taken = walk * self.n - self._shared(walk)[0]
         return self._is_between(walk - 1, self.n - taken, self.n, rows)
 
     def _head(self, walk: int) -> int:
         """Return how many places of this walk belong to a round that began in the one before."""
-        return -(walk * self.n) % self.m
+        return self._shared(walk)[1] - walk * self.n
+
+    def _shared(self, walk: int) -> tuple[int, int]:
+        """Return where the round that reaches into this walk begins and ends; empty if none."""
+        start = walk * self.n
+        holder = self.steps.holder(start)
+        if self.steps.begin(holder) == start:
+            return start, start
+        return self.steps.begin(holder), self.steps.begin(holder + 1)
 
     def _permutation(self, walk: int) -> Permutation:
         return Permutation(self.n, stream_key(self.key, _WALK, walk))
 
-
-class _Cutoffs:
-    """How many places of a walk's permutation its first round reads to find the rows it lacks."""
-
-    def __init__(self, rounds: WalkedRounds) -> None:
-        self.of = lru_cache(maxsize=64)(self._find)
-        self._rounds = rounds
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_Cutoffs, (self._rounds,))
-
-    def _find(self, walk: int) -> int:
-        rounds, wanted, at = self._rounds, self._rounds._head(walk), 0
+    def _cutoff(self, walk: int) -> int:
+        """Return how many places of the permutation hold the rows that its first round lacks."""
+        wanted, at = self._head(walk), 0
         while True:
-            places = np.arange(at, min(at + CHUNK, rounds.n), dtype=np.int64)
-            rows = rounds._permutation(walk).row_at(places)
-            free = np.flatnonzero(~rounds._is_deferred(walk, rows))
+            places = np.arange(at, min(at + CHUNK, self.n), dtype=np.int64)
+            rows = self._permutation(walk).row_at(places)
+            free = np.flatnonzero(~self._is_deferred(walk, rows))
             if len(free) >= wanted:
                 return at + int(free[wanted - 1]) + 1
             wanted, at = wanted - len(free), at + CHUNK

@@ -19,6 +19,10 @@ SCHEDULES = {
     "cooldown": "curate.pipeline.manifests.cooldown:Cooldown",
 }
 
+COUNTED = ("groups", "rows")
+"""Parameters of rules that know groups: their names, and how many rows of the selection each has.
+Nobody writes them by hand: they are counted, in the column that `by_group` names."""
+
 
 class Schedule(Protocol):
     """A frozen dataclass: `seed` and `epochs` (None where the rule needs no end), and parameters.
@@ -60,24 +64,32 @@ def make_schedule(
     Raises:
         ValueError: there is none, or a parameter is unknown or wrong.
     """
-    if rule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {rule!r}; choose one of: {', '.join(SCHEDULES)}")
-    module, _, name = SCHEDULES[rule].partition(":")
-    cls = getattr(import_module(module), name)
+    cls = _class_of(rule)
     known = [f.name for f in fields(cls) if f.name not in ("seed", "epochs")]
     for key in params or {}:
         if key not in known:
+            takes = [name for name in known if name not in COUNTED]
+            takes += ["by_group"] if takes_groups(rule) else []
             raise ValueError(
-                f"schedule {rule!r} has no parameter {key!r}; it takes: {', '.join(known)}"
+                f"schedule {rule!r} has no parameter {key!r}; it takes: {', '.join(takes)}"
             )
     settings = {"seed": seed, "epochs": epochs, **(params or {})}
     schedule: Schedule = made(f"schedule {rule!r}", cls, settings)
     return schedule
 
 
+def takes_groups(rule: str) -> bool:
+    """Return whether the rule knows groups: classes, languages, domains.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    return {f.name for f in fields(_class_of(rule))} >= set(COUNTED)
+
+
 def schedule_content(rule: str, schedule: Schedule) -> dict[str, Any]:
     """Return what `manifest.json` holds of it."""
-    params = {k: v for k, v in _items(schedule) if k not in ("seed", "epochs")}
+    params = {k: v for k, v in _items(schedule) if k not in ("seed", "epochs") and v != []}
     return {"rule": rule, "seed": schedule.seed, "epochs": schedule.epochs, "params": params}
 
 
@@ -102,6 +114,13 @@ def refuse_rates(rule: str, weight_kind: str) -> None:
             f"schedule {rule!r} and weights of kind {weight_kind!r} both say how often a row is "
             "shown; take a selection without weights or with loss weights"
         )
+
+
+def _class_of(rule: str) -> Any:
+    if rule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {rule!r}; choose one of: {', '.join(SCHEDULES)}")
+    module, _, name = SCHEDULES[rule].partition(":")
+    return getattr(import_module(module), name)
 
 
 def _items(schedule: Schedule) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from curate.pipeline.manifests.census import Census, attached
+from curate.pipeline.manifests.census import CODE, Census, attached
+from curate.pipeline.manifests.claim import writing
+from curate.pipeline.manifests.grouping import Grouping
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
 from curate.pipeline.scoring.score_table import ScoreTable
@@ -74,7 +76,8 @@ def select(
     `selectors/registry.py`, `params` its hyper-parameters; `drop_top`, `offset`,
     `include_errors` and `by_group` are such parameters too. Weights are written as `weight_kind`
     (by default as the method makes them) and cut at `clip_weights` times their mean. `schedule`,
-    `rs2` or `curriculum` with `schedule_params`, says what each of `epochs` shows. `vectors`
+    a rule with `schedule_params`, says what each of `epochs` shows; its `by_group` is a column of
+    the table. `vectors`
     and `target_vectors` name what methods of geometry compare (`pipeline/vectors/resolve.py`),
     `target` the corpus of the latter; such methods use a score only where they are given one. The
     same call again finds its manifest and returns it. The returned manifest has a `summary`: what
@@ -101,6 +104,7 @@ def select(
     written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
     written["scheduled"] = None if wish is None else wish.content()
     request = replace(_request(table, by, budget, method, seed, asked, written), wish=wish)
+    _need_groups(table, wish)
     request = _seeing(request, table, method, vectors, target_vectors, target)
     folder = Folder(str(out))
     found = _already_there(folder, request, overwrite)
@@ -153,6 +157,16 @@ def _wish(
     if epochs is not None or params:
         raise ValueError("epochs and parameters of a schedule need its rule: --schedule RULE")
     return None
+
+
+def _need_groups(table: ScoreTable, wish: Wish | None) -> None:
+    by_group = None if wish is None else wish.by_group
+    if by_group is not None and by_group not in table.schema.names:
+        raise ValueError(
+            f"the score table has no column {by_group!r} for the schedule's groups; score again "
+            f"with --keep {by_group}, or give the selection its schedule by `curate manifest "
+            "schedule`, which reads the corpus"
+        )
 
 
 def _request(
@@ -412,23 +426,22 @@ def _write(request: Request, folder: Folder) -> Manifest:
     selection = request.selector.select(census, request.budget, rng)
     made = str(selection.params.get("weight_kind", "none"))
     asked = request.content["selection"]["params"]
-    try:
+    with writing(folder):
         with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:
             batches = _with_columns(selection, census, request)
+            grouping = _grouping(request)
+            if grouping is not None:
+                batches = _coded(batches, grouping, request.table)
             kind, clip = asked.get("weight_kind"), asked.get("clip_weights")
             weighting = Weighting(batches, made, Path(name), kind, clip)
-            files, rows = write_parts(folder, census.keep(iter(weighting)))
+            files, rows = write_parts(folder, map(_named, census.keep(iter(weighting))))
         if not rows:
             raise ValueError("no row fits the budget: the first one already exceeds it")
         content = _finished(request, selection, census, files, rows, weighting)
         if request.wish is not None:
             with open_parquet(folder, min(files)) as part:
                 has_ranks = "rank" in part.schema_arrow.names
-            content["schedule"] = request.wish.fulfilled(content, has_ranks, folder.uri)
-    except Exception:
-        for part in filter(is_part, folder.names()):
-            folder.delete(part)
-        raise
+            content["schedule"] = request.wish.fulfilled(content, has_ranks, folder.uri, grouping)
     manifest = Manifest(folder, write_manifest(folder, content))
     manifest.summary = census.summary()
     return manifest
@@ -442,6 +455,23 @@ def _with_columns(
     if getattr(request.selector, "carry", None) == carried:
         return iter(selection.batches)
     return attached(iter(selection.batches), census, carried)
+
+
+def _grouping(request: Request) -> Grouping | None:
+    by_group = None if request.wish is None else request.wish.by_group
+    return None if by_group is None else Grouping(by_group)
+
+
+def _coded(
+    batches: Iterator[pa.RecordBatch], grouping: Grouping, table: Table
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches with the number of each row's group."""
+    for batch in attached(batches, table, [grouping.column]):
+        yield batch.append_column(CODE, pa.array(grouping.codes(batch)))
+
+
+def _named(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return batch.rename_columns(["group" if n == CODE else n for n in batch.schema.names])
 
 
 def _finished(

@@ -131,11 +131,12 @@ class InRounds:
     def _times(self, group: int) -> tuple[Positions, Positions]:
         codes = self._codes(group)
         times = np.zeros(len(codes), dtype=np.int64)
-        for code, rounds in enumerate(self._rounds):
-            mine = np.flatnonzero(codes == code)
-            if len(mine):
-                rows = self._before[group, code] + np.arange(len(mine))
-                times[mine] = rounds.times(self._epoch, rows)
+        by_code = np.argsort(codes, kind="stable")
+        edges = np.searchsorted(codes[by_code], np.arange(len(self._rounds) + 1))
+        for code in np.flatnonzero(np.diff(edges)).tolist():
+            mine = by_code[edges[code] : edges[code + 1]]
+            rows = self._before[group, code] + np.arange(len(mine))
+            times[mine] = self._rounds[code].times(self._epoch, rows)
         return codes, times
 
     @cached_property

@@ -1,10 +1,11 @@
 """`score`: every row of a corpus, at every checkpoint, by every scorer asked for, in one pass."""
 
+import contextlib
 import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -228,12 +229,23 @@ def score(
     if has_run and folder.exists(SUCCESS):
         log.info("%s is finished already", folder.uri)
         return ScoreTable.open(folder.uri)
-    with RunLock(folder) as lock:
+    with RunLock(folder) as lock, _unplanned_removed(folder):
         is_ours = not overwrite and refuse_other_run(folder, setup.meta, opened)
         if folder.exists(META) and not is_ours:
             clear(folder)
         _run(replace(setup, work=work), folder, lock, chosen, unit_rows, progress)
     return ScoreTable.open(folder.uri)
+
+
+@contextlib.contextmanager
+def _unplanned_removed(folder: Folder) -> Iterator[None]:
+    """Remove what is there of a run that is refused before its units are planned."""
+    try:
+        yield
+    except ValueError:
+        if not folder.exists(UNITS):
+            clear(folder)
+        raise
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from curate.pipeline.storing.commit import explained, make_folders
 from curate.pipeline.storing.storage import Folder
+from curate.pipeline.storing.vacate import missing, vacate
 
 LOCK = "_lock.json"
 BEAT_S = 10.0
@@ -27,7 +28,7 @@ MISSED_BEATS = 6
 
 
 class RunLock:
-    """Holds a run's folder while the block runs.
+    """Holds a run's folder while the block runs; of a block that fails no empty folder stays.
 
     Raises on entry:
         RuntimeError: another run is at work in the folder.
@@ -38,9 +39,11 @@ class RunLock:
         self.token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._lost = False
+        self._made: list[Path] = []
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
 
     def __enter__(self) -> "RunLock":
+        self._made = missing(self.folder)
         with _one_at_a_time(self.folder):
             while not self.folder.create(LOCK, _bytes(self._entry())):
                 self._take_over()
@@ -58,6 +61,8 @@ class RunLock:
         with contextlib.suppress(FileNotFoundError, ValueError):
             if self.folder.read_json(LOCK)["token"] == self.token:
                 self.folder.delete(LOCK)
+        if error is not None:
+            vacate(self.folder, self._made)
 
     def check(self) -> None:
         """Raise RuntimeError when another run has taken the folder over."""
@@ -168,8 +173,14 @@ def _one_at_a_time(folder: Folder) -> Iterator[None]:
     if path is None:
         yield
         return
-    with explained(path):
-        make_folders(path)
-    with (path / "run-lock").open("w") as guard:
+    with _guard(path) as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
+
+
+def _guard(path: Path) -> IO[str]:
+    """Return the file to lock; another run that fails may take its empty folder away meanwhile."""
+    while True:
+        with explained(path), contextlib.suppress(FileNotFoundError):
+            make_folders(path)
+            return (path / "run-lock").open("w")

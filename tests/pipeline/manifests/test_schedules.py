@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from fractions import Fraction
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from curate.pipeline.manifests.places import Placed
 from curate.pipeline.manifests.rescheduled import schedule
 from curate.pipeline.manifests.rounds import FreshRounds, WalkedRounds
 from curate.pipeline.manifests.schedules import SCHEDULES, make_schedule
+from curate.selectors.apportion import apportion
 from curate.selectors.keyed import stream_key
 
 
@@ -145,6 +148,76 @@ class TestRs2:
     def test_no_matter_how_the_manifest_is_cut(self):
         a = [shown(Listed(np.arange(300), size=s), "rs2", 5, fraction=0.3) for s in (7, 300)]
         assert set(a[0].tolist()) == set(a[1].tolist())
+
+
+class TestRs2ByClass:
+    @settings(deadline=None, max_examples=50)
+    @given(
+        sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+        fraction=st.floats(0.02, 1.0),
+        replacement=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def test_classes_and_rows_never_miss_their_share_by_a_whole_row(
+        self, sizes, fraction, replacement, seed
+    ):
+        labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+        total = len(labels)
+        m = max(1, int(fraction * total + 0.5))
+        names = tuple("abcdef"[: len(sizes)])
+        options = dict(
+            fraction=fraction, replacement=replacement, seed=seed, groups=names, rows=tuple(sizes)
+        )
+        places, rows_seen = Listed(np.arange(total), labels), np.zeros(total, dtype=int)
+        for epoch in range(9):
+            rows = shown(places, "rs2", epoch, **options)
+            assert len(rows) == len(set(rows.tolist())) == m
+            counts = np.bincount(labels[rows], minlength=len(sizes))
+            if epoch == 0:
+                assert counts.tolist() == apportion(m, sizes, sizes)  # largest remainder
+            rows_seen[rows] += 1
+            for c, n in enumerate(sizes):
+                assert abs(Fraction(m * n, total) - int(counts[c])) < 1
+                due = Fraction((epoch + 1) * m * n, total)
+                assert abs(due - int(rows_seen[labels == c].sum())) < 1
+            if not replacement:  # the card's promise for all rows, and so for those of a class
+                due = Fraction((epoch + 1) * m, total)
+                assert {floor(due), ceil(due)} >= set(rows_seen.tolist())
+
+    def test_many_small_classes_take_turns(self):
+        # 40 classes of one row at a fraction of 0.1: largest remainder alone shows the same four.
+        labels, options = np.arange(40), dict(fraction=0.1, groups=("x",) * 40, rows=(1,) * 40)
+        seen = [shown(Listed(labels, labels), "rs2", e, **options) for e in range(10)]
+        assert sorted(np.concatenate(seen).tolist()) == list(range(40))
+
+    def test_with_replacement_epochs_are_drawn_anew(self):
+        labels = np.repeat([0, 1], [300, 100])
+        options = dict(fraction=0.25, replacement=True, groups=("a", "b"), rows=(300, 100))
+        times = np.zeros(400)
+        for epoch in range(400):
+            rows = shown(Listed(labels, labels, size=97), "rs2", epoch, **options)
+            assert np.bincount(labels[rows]).tolist() == [75, 25]
+            times[rows] += 1
+        # Binomial(400, 1/4): mean 100, standard deviation 8.7. Walks would give 100 each.
+        assert 60 < times.min() < 95 and 105 < times.max() < 140
+
+    def test_classes_of_the_corpus_or_of_the_score_table(self, make_selection, tmp_path):
+        plain = make_selection("loss")
+        params = {"fraction": 0.1, "by_group": "lang"}
+        made = schedule(plain, "rs2", tmp_path / "s", params=params)
+        content = json.loads((tmp_path / "s" / "manifest.json").read_text())
+        assert content["version"] == 2 and content["schedule"]["rule"] == "rs2"
+        langs = Counter(r["lang"] for r in made.rows(["lang"]))
+        counted = content["schedule"]["params"]
+        assert dict(zip(counted["groups"], counted["rows"], strict=True)) == langs
+        seen: Counter[int] = Counter()
+        for epoch in range(10):
+            rows = list(load_manifest(tmp_path / "s").as_torch(epoch=epoch, seed=2))
+            seen.update(int(r["x"]) for r in rows)
+            each = Counter(r["lang"] for r in rows)
+            assert all(abs(each[g] - n / 10) < 1 for g, n in langs.items())
+        assert set(seen.values()) == {1} and len(seen) == 300
+        assert schedule(plain, "rs2", tmp_path / "s", params=params).content == made.content
 
 
 class TestCurriculum:
@@ -305,6 +378,9 @@ class TestInManifests:
             ("rs3", {}, "unknown schedule 'rs3'; choose one of: rs2"),
             ("rs2", {"params": {"fraction": 0}}, "must be in"),
             ("rs2", {"params": {"share": 0.5}}, "no parameter 'share'; it takes: fraction"),
+            ("rs2", {"params": {"groups": ["a"]}}, "are counted: name their column, by_group"),
+            ("rs2", {"params": {"by_group": 3}}, "by_group must name a column, not 3"),
+            ("rs2", {"params": {"by_group": "words"}}, "'words' holds lists, which are no groups"),
             ("rs2", {"seed": -1}, "whole number from 0"),
             ("rs2", {"epochs": 0}, "a number from 1"),
             ("curriculum", {"epochs": 3}, "needs ranks and .* has none"),

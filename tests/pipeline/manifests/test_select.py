@@ -534,6 +534,30 @@ class TestScheduled:
         with pytest.raises(ValueError, match=r"holds another selection .*scheduled"):
             select(scores, out=out, seed=3, budget=60)
 
+    @pytest.mark.parametrize("method", ["keep", "importance", "moderate"])
+    def test_classes_of_the_score_table_come_in_proportion(self, scores, tmp_path, method):
+        asked = dict(schedule="rs2", schedule_params={"fraction": 0.25, "by_group": "label"})
+        made = select(scores, budget=60, method=method, out=tmp_path / "m", **asked)
+        assert made.content["version"] == 2
+        labels = np.array([p % 3 for p in positions(made)])
+        params = made.content["schedule"]["params"]
+        counted = dict(zip(params["groups"], params["rows"], strict=True))
+        assert counted == {str(c): int((labels == c).sum()) for c in range(3)}
+        plain = select(scores, budget=60, method=method, out=tmp_path / "p")
+        assert positions(plain) == positions(made)
+        source, seen = made.as_map(["x"]), []
+        for epoch in range(4):
+            at = list(source.sampler(epoch=epoch))
+            each = np.bincount(labels[at], minlength=3)
+            assert len(at) == 15 and (np.abs(each - np.bincount(labels) / 4) < 1).all()
+            seen += at
+        assert sorted(seen) == list(range(60))
+        cooled = select(
+            scores, budget=60, out=tmp_path / "c", schedule="cooldown", epochs=2,
+            schedule_params={"by_group": "label"},
+        )  # fmt: skip
+        assert sum(cooled.content["schedule"]["params"]["rows"]) == 60
+
     def test_a_curriculum_knows_which_ranks_are_hard(self, scores, tmp_path):
         made = select(scores, budget=0.5, out=tmp_path / "m", schedule="curriculum", epochs=5)
         assert made.content["schedule"]["params"]["hard"] == "first"
@@ -545,7 +569,11 @@ class TestScheduled:
     @pytest.mark.parametrize(
         ("asked", "said"),
         [
-            ({"schedule": "cooldown"}, "select without --schedule"),
+            ({"schedule": "cooldown"}, "cooldown needs groups: by_group=COLUMN"),
+            (
+                {"schedule": "rs2", "schedule_params": {"by_group": "lang"}},
+                "with --keep lang",
+            ),
             ({"schedule": "rs3"}, "unknown schedule 'rs3'"),
             ({"schedule": "rs2", "schedule_params": {"x": 1}}, "has no parameter 'x'"),
             ({"schedule": "rs2", "weight_kind": "sampling"}, "both say how often a row is shown"),
@@ -559,4 +587,4 @@ class TestScheduled:
         method = asked.pop("method", None) or ("importance" if "weight_kind" in asked else "keep")
         with pytest.raises(ValueError, match=said):
             select(scores, budget=20, out=out, method=method, **asked)
-        assert not out.exists() or not list(out.glob("*part*")) + list(out.glob("*.json"))
+        assert not out.exists()
