@@ -63,6 +63,8 @@ log = logging.getLogger("curate.score")
 LANGUAGE = frozenset({"causal_lm", "seq2seq"})
 CHECKPOINTS = "run/checkpoints"
 """Where checkpoints are unless the caller says so."""
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set in a process that `ray job submit` started."""
 PLACES = ("tokenizer", "root")
 """Parts of a task's description that tell where files lie, not what is computed."""
 
@@ -414,6 +416,8 @@ def threads_for(parameters: int) -> int:
     """
     if parameters < 1_000_000:
         return 1
+    if RAY_JOB in os.environ:  # there Ray sets the variable, by what it gives the job's first actor
+        return min(8, os.cpu_count() or 1)
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # outermost level
     if first.isdecimal() and int(first):
         return int(first)

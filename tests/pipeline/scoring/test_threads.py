@@ -32,8 +32,12 @@ def test_a_large_model_takes_what_the_environment_says(
     monkeypatch: pytest.MonkeyPatch, said: str, threads: int | None
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     assert threads_for(LARGE) == (threads or min(8, os.cpu_count() or 1))
     assert threads_for(LARGE - 1) == 1
+    # In a job of Ray's the variable is Ray's, not the user's.
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert threads_for(LARGE) == min(8, os.cpu_count() or 1)
 
 
 def test_threads_are_no_part_of_a_run(
