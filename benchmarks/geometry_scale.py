@@ -26,13 +26,15 @@ from curate.selectors.vectors import ArrayVectors
 
 BATCH = 65_536
 METHODS = ("kcenter", "facility_location", "herding", "semdedup", "exact")
+BY_GRADIENTS = ("craig", "gradmatch", "glister", "greedy_alignment")
+"""Only where they are asked for; greedy_alignment is given the first 1000 rows as its target."""
 
 
 class SyntheticTable:
     """A score table without scores, made one batch at a time, with vectors from a file."""
 
     schema = pa.schema([("shard", pa.int32()), ("row", pa.int64())])
-    target = None
+    target: ArrayVectors | None = None
 
     def __init__(self, array: np.ndarray) -> None:
         self.rows, self.vectors = len(array), ArrayVectors(array)
@@ -89,7 +91,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=100_000)
     options.add_argument("--dimension", type=int, default=256)
     options.add_argument("--picks", type=int, default=1000)
-    options.add_argument("--method", action="append", choices=METHODS)
+    options.add_argument("--method", action="append", choices=METHODS + BY_GRADIENTS)
     options.add_argument("--param", action="append", default=[], help="NAME=WHOLE NUMBER")
     options.add_argument("--folder", help="where the vectors are written; a temporary one")
     asked = options.parse_args()
@@ -98,6 +100,8 @@ def main() -> None:
         array = write_vectors(Path(folder, "v.npy"), asked.rows, asked.dimension, 0)
         for method in asked.method or METHODS:
             table, rng = SyntheticTable(array), np.random.default_rng(0)
+            if method == "greedy_alignment":
+                table.target = ArrayVectors(array[:1000])
             selector = make_selector(method, **params)
             wall, cpu = time.perf_counter(), time.process_time()
             with Held() as memory:

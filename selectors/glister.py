@@ -1,6 +1,6 @@
 """Rows whose gradients lower the loss of a validation set most, step by step: GLISTER."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +9,14 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided, within
-from curate.selectors.inner_products import inner_products, row_sum, target_mean
+from curate.selectors.inner_products import inner_products, row_sum
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.vectors import Vectors, VectorTable, finite_rows, part_of
+from curate.selectors.target_groups import check_target_group, target_groups
+from curate.selectors.vectors import Vectors, VectorTable, usable_target
+
+HELD_BYTES = 1 << 28
+"""What is known of a validation set is held up to this size, and found again above it."""
 
 After = Callable[["Float64[ndarray, ' d']"], "Float64[ndarray, ' d']"]
 """From the sum of chosen gradients to the validation gradient after the step they make."""
@@ -25,7 +29,11 @@ class Glister(Divided):
     Killamsetty et al. 2021 (arXiv:2012.10630, algorithm 2 with its Taylor step): the row whose
     gradient step lowers the validation loss most to first order, at the weights that the chosen
     rows' steps lead to. Rows' gradients stay those at theta. The target's vectors are its rows'
-    gradients. How the validation gradient moves:
+    gradients. Without target vectors the rows that may be chosen, of each group by itself, are the
+    validation set, as in DeepCore's code: sound where their labels are (`validation`, recorded).
+    With a target and `by_group` each group is to serve the whole target or, with `target_group`, a
+    column of the target, its rows of that group, as in the authors' code (per class). How the
+    validation gradient moves:
 
     - with `classes=C` the vectors are gradients of a linear head of cross-entropy with its biases
       first, [e_1..e_C, e_1 h, .., e_C h] with e = p - onehot(y).
@@ -37,14 +45,18 @@ class Glister(Divided):
     `rounds=r` updates r times only and takes the best budget / r rows each time (r-greedy of the
     authors' code); by default after every row. Equal gains in the order of the table. The sum,
     not the mean, of chosen gradients makes the step, so `eta` is the rate of one row. Ranked
-    without groups. Time n·d and one look at the target for each update.
+    without groups. Time for each pick, or round: n·d, one pass over the vectors, and C·d or, by
+    Taylor, 2·d for each row of the validation set, at most d² once d² numbers are held (up to
+    256 MiB). Memory: that, or up to 256 MiB of the validation set's features, and some 50 bytes a
+    row.
     """
 
     eta: float | int = 0.01
     classes: int | None = None
     rounds: int | None = None
+    target_group: str | None = None
     uses_vectors: ClassVar[bool] = True
-    uses_target: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,23 +67,38 @@ class Glister(Divided):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
+        check_target_group(self.target_group, self.by_group)
 
     def select(self, table: VectorTable, budget: Budget, rng: np.random.Generator) -> Selection:
-        target_mean(table.target, table.vectors.dimension)  # says what is wrong with a target
-        assert table.target is not None
-        usable = part_of(table.target, np.flatnonzero(finite_rows(table.target)))
-        if self.classes is None:
-            after = fisher_update(usable, self.eta)
-        else:
-            after = head_update(usable, self.classes, self.eta)
+        target = usable_target(table)
+        if target is None and self.target_group is not None:
+            raise ValueError("target_group names a column of a target: give --target-vectors")
+        groups = None if self.target_group is None else target_groups(table, self.target_group)
+        whole = None if target is None or groups is not None else self._after(target)
         places = []
         for part in self.parts(table, budget):
+            after = whole
+            if groups is not None and part.group not in groups:
+                raise ValueError(
+                    f"the target has no row with a vector of the group {part.group!r} to validate "
+                    "it; leave target_group out to validate with all of the target"
+                )
+            if after is None:
+                after = self._after(part.vectors if groups is None else groups[part.group])
             picks = descend(part.vectors, after, part.sizes, part.amount, self.rounds)
             places.append(part.places[picks])
         chosen = np.concatenate(places) if places else np.empty(0, dtype=np.int64)
         ranks = None if self.by_group is not None else np.arange(len(chosen))
-        params: dict[str, object] = {"update": "fisher" if self.classes is None else "head"}
+        params: dict[str, object] = {
+            "update": "fisher" if self.classes is None else "head",
+            "validation": "rows" if target is None else "target",
+        }
         return picked(table, chosen, ranks=ranks, params=params)
+
+    def _after(self, validation: Vectors) -> After:
+        if self.classes is None:
+            return fisher_update(validation, self.eta)
+        return head_update(validation, self.classes, self.eta)
 
 
 def descend(
@@ -106,10 +133,24 @@ def descend(
 
 
 def fisher_update(target: Vectors, eta: float | int) -> After:
-    """Return the validation gradient to first order, with the empirical Fisher as the Hessian."""
-    mean = row_sum(target) / target.rows
+    """Return the validation gradient to first order, with the empirical Fisher as the Hessian.
+
+    The matrix is computed once where it is not larger than HELD_BYTES and than the target, else
+    the target is read again for every update.
+    """
+    mean, d = row_sum(target) / target.rows, target.dimension
+    fisher: Float64[ndarray, "d d"] | None = None
+    if eta and d <= target.rows and 8 * d * d <= HELD_BYTES:
+        fisher = np.zeros((d, d))
+        for block in target.blocks():
+            wide = block.astype(np.float64)
+            fisher += wide.T @ wide
 
     def after(total: Float64[ndarray, " d"]) -> Float64[ndarray, " d"]:
+        if not eta:
+            return mean
+        if fisher is not None:
+            return np.asarray(mean - eta * (fisher @ total) / target.rows)
         moved = np.zeros_like(mean)
         for block in target.blocks():
             wide = block.astype(np.float64)
@@ -124,7 +165,8 @@ def head_update(target: Vectors, classes: int, eta: float | int) -> After:
 
     A vector [e, e h'] holds all there is: y is where e is below 0, p = e + onehot(y), the logits
     are log p up to a constant, which softmax forgets, and h is (e h')' e / |e|². Rows of e = 0 to
-    rounding, which are sure of the right class, keep the gradient 0.
+    rounding, which are sure of the right class, keep the gradient 0. Logits and features are held
+    where they take no more than HELD_BYTES, else found again for every update.
 
     Raises:
         ValueError: the dimension is no multiple of the classes, or rows are no such gradients.
@@ -136,17 +178,25 @@ def head_update(target: Vectors, classes: int, eta: float | int) -> After:
             f"coordinates, the target's vectors {target.dimension}; give such gradients or leave "
             "classes out"
         )
-    known = [_known(block.astype(np.float64), classes) for block in target.blocks()]
-    logits, features, onehot = (np.concatenate(part) for part in zip(*known, strict=True))
+
+    def known() -> Iterator[tuple[ndarray, ndarray, ndarray]]:
+        return (_known(block.astype(np.float64), classes) for block in target.blocks())
+
+    held: list[tuple[ndarray, ndarray, ndarray]] | None = None
+    if 8 * target.rows * (width + 2 * classes) <= HELD_BYTES:
+        held = list(known())
 
     def after(total: Float64[ndarray, " d"]) -> Float64[ndarray, " d"]:
         bias, weight = total[:classes], total[classes:].reshape(classes, width)
-        moved = logits - eta * (bias + features @ weight.T)
-        moved -= moved.max(axis=1, keepdims=True)
-        p = np.exp(moved)
-        error = p / p.sum(axis=1, keepdims=True) - onehot
-        gradient = [error.sum(axis=0), (error.T @ features).ravel()]
-        return np.asarray(np.concatenate(gradient) / target.rows)
+        gradient = np.zeros(target.dimension)
+        for logits, features, onehot in known() if held is None else held:
+            moved = logits - eta * (bias + features @ weight.T)
+            moved -= moved.max(axis=1, keepdims=True)
+            p = np.exp(moved)
+            error = p / p.sum(axis=1, keepdims=True) - onehot
+            gradient[:classes] += error.sum(axis=0)
+            gradient[classes:] += (error.T @ features).ravel()
+        return gradient / target.rows
 
     return after
 

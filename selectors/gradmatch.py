@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Float64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided, Part, within
@@ -12,21 +13,31 @@ from curate.selectors.inner_products import inner_products, one_row, row_sum
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.pursuit import pursue
-from curate.selectors.vectors import VectorTable
+from curate.selectors.target_groups import check_target_group, target_groups
+from curate.selectors.vectors import Vectors, VectorTable, usable_target
 
 log = logging.getLogger("curate.selectors")
 
 
 @dataclass(frozen=True)
 class GradMatch(Divided):
-    """Rows and weights w >= 0 for a small ||sum_i w_i g_i - sum_all g||² + penalty ||w||².
+    """Rows and weights w >= 0 for a small ||sum_i w_i g_i - goal||² + penalty ||w||².
 
     Killamsetty et al. 2021 (arXiv:2103.00123, algorithm 2), by orthogonal matching pursuit on the
     vectors, which should be gradients of the last layer. Each group of `by_group` (their classes)
-    is matched by itself; all weights together stand for the sum over all candidates. Their code
-    matches the mean, which divides all weights by one number and moves no minimum. It also solves
-    the normal equations by least squares, another problem wherever a weight is 0; here the weights
-    are the minimum of the objective itself, so a row that came early may leave again.
+    is matched by itself. DeepCore's code solves the normal equations by least squares, another
+    problem wherever a weight is 0; here the weights are the minimum of the objective itself, so a
+    row that came early may leave again. What is matched (recorded as `goal`):
+
+    - "rows", the sum over all candidates of the group: the training gradient, as the authors do
+      unless told otherwise;
+    - "target", where target vectors are given, the mean of the target's in place of the
+      candidates' mean: the validation gradient (their `valid`). With `target_group`, a column of
+      the target that names its groups as `by_group` does, each group is matched to the target's
+      sum over its own, as they do with classes.
+
+    All weights together stand for all candidates. Another scale of the goal, a mean for a sum,
+    multiplies all weights by one number and moves no minimum.
 
     Only rows that point along what is left are taken, so there may be fewer than the budget.
     `fill="random"` then adds rows at random with weight 1 (a row that stands for itself), as the
@@ -35,7 +46,9 @@ class GradMatch(Divided):
 
     penalty: float | int = 1.0
     fill: str = "random"
+    target_group: str | None = None
     uses_vectors: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,29 +57,38 @@ class GradMatch(Divided):
             raise ValueError(f"penalty must be a finite number of at least 0, not {self.penalty!r}")
         if self.fill not in ("random", "none"):
             raise ValueError(f"fill must be random or none, not {self.fill!r}")
+        check_target_group(self.target_group, self.by_group)
 
     def select(self, table: VectorTable, budget: Budget, rng: np.random.Generator) -> Selection:
+        goals = Goals(table, self.target_group)
         places: list[ndarray] = []
         weights: list[ndarray] = []
-        matched = filled = 0
+        is_match: list[ndarray] = []
         for part in self.parts(table, budget):
-            rows, weight = self._match(part)
+            rows, weight = self._match(part, goals.of(part))
             more = self._more(part, rows, rng)
-            matched, filled = matched + len(rows), filled + len(more)
             places += [part.places[rows], part.places[more]]
-            weights += [weight, np.ones(len(more))]
-        if not matched + filled:
-            raise ValueError("no row points along the sum of all vectors; are they gradients?")
+            weights += [weight, np.ones(len(more))]  # a random row stands for itself
+            is_match += [np.ones(len(rows), dtype=bool), np.zeros(len(more), dtype=bool)]
+        found, weight = np.concatenate(is_match), np.concatenate(weights)
+        if not len(found):
+            raise ValueError(
+                f"no row points along the sum of all vectors of the {goals.kind}; are they "
+                "gradients?"
+            )
+        matched, filled = int(found.sum()), int((~found).sum())
         if filled:
             log.warning("%d rows match the gradients; %d more are random ones", matched, filled)
-        params: dict[str, object] = {"matched": matched, "filled": filled, "weight_kind": "loss"}
-        return picked(table, np.concatenate(places), np.concatenate(weights), params=params)
+        weight[found] *= goals.scale()
+        params: dict[str, object] = {"goal": goals.kind, "matched": matched, "filled": filled}
+        params["weight_kind"] = "loss"
+        return picked(table, np.concatenate(places), weight, params=params)
 
-    def _match(self, part: Part) -> tuple[ndarray, ndarray]:
+    def _match(self, part: Part, goal: Float64[ndarray, " d"]) -> tuple[ndarray, ndarray]:
         rows, weights = pursue(
             lambda v: inner_products(part.vectors, v),
             lambda i: one_row(part.vectors, i),
-            row_sum(part.vectors),
+            goal,
             part.sizes,
             part.amount,
             self.penalty,
@@ -83,3 +105,37 @@ class GradMatch(Divided):
         others = np.setdiff1d(np.arange(len(part.sizes)), rows)
         left = part.amount - int(part.sizes[rows].sum())
         return within(rng.permutation(others), part.sizes, left)
+
+
+class Goals:
+    """What the weighted rows of each part are to add up to, and in which unit: see GradMatch."""
+
+    def __init__(self, table: VectorTable, target_group: str | None) -> None:
+        whole = usable_target(table)
+        if whole is None and target_group is not None:
+            raise ValueError("target_group names a column of a target: give --target-vectors")
+        self.kind = "rows" if whole is None else "target"
+        self._groups: dict[str, Vectors] | None = None
+        self._mean: Float64[ndarray, " d"] | None = None
+        if target_group is not None:
+            self._groups = target_groups(table, target_group)
+        elif whole is not None:
+            self._mean = row_sum(whole) / whole.rows
+        self._rows = self._targets = 0
+
+    def of(self, part: Part) -> Float64[ndarray, " d"]:
+        """Return the goal of a part; 0, to which no row points, where the target has none of it."""
+        if self._groups is not None:
+            mine = self._groups.get(part.group)
+            if mine is None:
+                log.warning("the target has no row of the group %r to be matched", part.group)
+                return np.zeros(part.vectors.dimension)
+            self._rows, self._targets = self._rows + len(part.places), self._targets + mine.rows
+            return row_sum(mine)
+        if self._mean is not None:
+            return self._mean * len(part.places)
+        return row_sum(part.vectors)
+
+    def scale(self) -> float:
+        """Return what weights are multiplied by to stand for candidates, not for target rows."""
+        return self._rows / self._targets if self._targets else 1.0

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.inner_products import target_mean
 from curate.selectors.picks import candidates
 from curate.selectors.protocol import Budget, Selection
+from curate.selectors.target_groups import target_texts
 from curate.selectors.vectors import Vectors, VectorTable, finite_rows, part_of
 from curate.selectors.weighing import Weighing
 from curate.selectors.weighted_head import Head, fit_head
@@ -101,14 +101,14 @@ class Gsr(Weighing):
         assert table.target is not None
         usable = np.flatnonzero(finite_rows(table.target))
         name = self.target_label or self.label
-        labels = _texts(target_values(table, name), table.target.rows)[usable]
+        labels = target_texts(table, name)[usable]
         number = {value: i for i, value in enumerate(classes)}
         if strange := sorted(set(labels.tolist()) - number.keys()):
             raise ValueError(
                 f"the target's {name!r} holds {strange[0]!r}, which no row of the corpus has in "
                 f"{self.label!r}"
             )
-        groups = _texts(target_values(table, self.group), table.target.rows)[usable]
+        groups = target_texts(table, self.group)[usable]
         return Goal(
             _features(part_of(table.target, usable)),
             np.array([number[value] for value in labels.tolist()], dtype=np.int64),
@@ -186,25 +186,6 @@ class Goal:
         per_row = (weights / sizes)[self.group]
         errors = head.errors(self.features, self.labels) * per_row[:, None]
         return np.asarray(errors.T @ self.features)
-
-
-def target_values(table: VectorTable, column: str) -> pa.Array:
-    """Return a column of the target's rows, in the order of its vectors.
-
-    Raises:
-        ValueError: the table's target has vectors only.
-    """
-    values = getattr(table, "target_values", None)
-    if values is None:
-        raise ValueError(f"the target has vectors only, and its column {column!r} is needed")
-    return values(column)
-
-
-def _texts(values: pa.Array, rows: int) -> ndarray:
-    if len(values) != rows:
-        raise ValueError(f"the target corpus has {len(values)} rows, its vectors {rows}")
-    texts = ["null" if value is None else str(value) for value in values.to_pylist()]
-    return np.array(texts, dtype=object)
 
 
 def _features(vectors: Vectors) -> Float64[ndarray, "n d"]:

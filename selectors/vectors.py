@@ -89,22 +89,22 @@ class PartOfVectors:
     """Some rows of other vectors, at ascending `places`; row i is theirs at `places[i]`."""
 
     def __init__(self, whole: Vectors, places: Int64[ndarray, " n"]) -> None:
-        self._whole, self._places = whole, places
+        self.whole, self.places = whole, places
 
     @property
     def rows(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     @property
     def dimension(self) -> int:
-        return self._whole.dimension
+        return self.whole.dimension
 
     def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
         for start in range(0, self.rows, BLOCK_ROWS):
-            yield self._whole.take(self._places[start : start + BLOCK_ROWS])
+            yield self.whole.take(self.places[start : start + BLOCK_ROWS])
 
     def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
-        return self._whole.take(self._places[numbers])
+        return self.whole.take(self.places[numbers])
 
 
 class UnitVectors:

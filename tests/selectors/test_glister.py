@@ -1,9 +1,11 @@
 """GLISTER: every pick against a validation gradient computed anew, by autograd where exact."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from curate.selectors import glister as glister_module
 from curate.selectors.glister import Glister, descend, fisher_update, head_update
 from curate.selectors.protocol import Budget
 from curate.selectors.vectors import ArrayVectors
@@ -131,3 +133,63 @@ def test_what_is_no_gradient_of_a_head_is_refused(make_table, problem):
         Glister(eta=-1.0)
     with pytest.raises(ValueError, match="classes must be"):
         Glister(classes=1)
+
+
+@pytest.mark.parametrize("classes", [None, C])
+def test_without_a_target_each_group_validates_itself(make_table, kept, problem, classes):
+    """Every pick by brute force, on the loss of the rows that may be chosen in its group."""
+    weight, bias, train, _ = problem
+    rows = head_gradients(*train, weight, bias)
+    able = np.flatnonzero(np.arange(25) != 4)
+    group = np.arange(25) // 15
+    table = make_table(np.zeros(25), errors=[4], part=pa.array(group))
+    table.vectors, table.target = ArrayVectors(rows), None
+    method = Glister(classes=classes, eta=0.2, by_group="part")
+    selection = method.select(table, Budget("rows", 12), RNG)
+    expected = []
+    for value, count in ((0, 7), (1, 5)):
+        mine = able[group[able] == value]
+        total, picks = np.zeros(rows.shape[1]), []
+        for _ in range(count):
+            if classes is None:
+                fisher = rows[mine].T @ rows[mine] / len(mine)
+                now = rows[mine].mean(axis=0) - 0.2 * fisher @ total
+            else:
+                step, own = torch.tensor(0.2 * total), (train[0][mine], train[1][mine])
+                moved = weight - step[C:].reshape(C, D)
+                now = head_gradients(*own, moved, bias - step[:C]).mean(axis=0)
+            gains = rows[mine] @ now
+            gains[np.isin(mine, picks)] = -np.inf
+            picks.append(int(mine[np.argmax(gains)]))
+            total += rows[picks[-1]]
+        expected += picks
+    assert selection.params["validation"] == "rows"
+    assert kept(selection).tolist() == sorted(expected)
+
+
+def test_groups_of_the_target_validate_those_of_the_rows(make_table, kept):
+    rows = np.array([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    table = make_table(np.zeros(4), label=pa.array(["a", "a", "b", "b"]))
+    table.vectors, table.target = ArrayVectors(rows), ArrayVectors(np.array([[3.0, 0], [0, 2]]))
+    table.target_values = {"kind": pa.array(["b", "a"])}.__getitem__
+
+    def chosen(**more):
+        selection = Glister(by_group="label", **more).select(table, Budget("rows", 2), RNG)
+        return kept(selection).tolist()
+
+    assert chosen(target_group="kind") == [1, 2]
+    assert chosen() == [0, 2]  # the whole target: its mean points along the first axis
+    table.target_values = {"kind": pa.array(["b", "b"])}.__getitem__
+    with pytest.raises(ValueError, match="the group 'a' to validate it"):
+        chosen(target_group="kind")
+
+
+@pytest.mark.parametrize("classes", [None, C])
+def test_a_validation_set_too_large_to_hold_is_found_again(monkeypatch, problem, classes):
+    weight, bias, train, held = problem
+    target = ArrayVectors(head_gradients(*train, weight, bias))
+    total = head_gradients(*held, weight, bias).sum(axis=0)
+    method = Glister(classes=classes, eta=0.3)
+    before = method._after(target)(total)
+    monkeypatch.setattr(glister_module, "HELD_BYTES", 0)
+    np.testing.assert_allclose(method._after(target)(total), before, rtol=1e-12, atol=1e-14)

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.optimize import nnls
 
 from curate.selectors.gradmatch import GradMatch
 from curate.selectors.protocol import Budget
@@ -72,3 +73,70 @@ def test_wrong_settings_and_vectors_that_cancel_are_refused(table_of):
     opposite = np.array([[1.0, 0], [-1, 0]])
     with pytest.raises(ValueError, match="no row points along"):
         run(table_of(opposite), 2, fill="none")
+
+
+def pursuit_by_hand(points, goal, k, penalty):
+    """Algorithm 2 anew at every step: the best row joins, all weights by least squares, w >= 0."""
+    support, weight = [], np.zeros(len(points))
+    while len(support) < k:
+        along = points @ (goal - weight @ points)
+        along[support] = -np.inf
+        best = int(np.argmax(along))
+        if along[best] <= 1e-6 * np.linalg.norm(goal) * np.linalg.norm(points[best]):
+            break
+        support.append(best)
+        stacked = np.vstack([points[support].T, np.sqrt(penalty) * np.eye(len(support))])
+        solved = nnls(stacked, np.concatenate([goal, np.zeros(len(support))]))[0]
+        support = [row for row, w in zip(support, solved, strict=True) if w > 0]
+        weight[:] = 0
+        weight[support] = solved[solved > 0]
+    return weight
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("matched", ["rows", "target", "target_group"])
+def test_each_class_is_matched_to_its_training_or_validation_gradient(table_of, seed, matched):
+    """Paper, equation 1: L is the training loss or, where one is given, the validation loss."""
+    draw = np.random.default_rng(seed)
+    points = np.float64(np.float32(draw.normal(size=(24, 5)) + 0.4))
+    goals = np.float64(np.float32(draw.normal(size=(11, 5)) + 0.4))
+    label, theirs = np.arange(24) % 3 // 2, np.arange(11) % 2  # 16 and 8 rows; 6 and 5
+    table = table_of(points, label=pa.array(label))
+    settings = {"by_group": "label", "penalty": 0.3, "fill": "none"}
+    if matched != "rows":
+        table.target = ArrayVectors(np.float32(goals))
+        table.target_values = {"kind": pa.array(theirs)}.__getitem__
+    if matched == "target_group":
+        settings["target_group"] = "kind"
+    place, weight, params = run(table, 9, **settings)
+    found = np.zeros(24)
+    found[place] = weight
+    for value, rows in ((0, 6), (1, 3)):
+        mine = np.flatnonzero(label == value)
+        goal = {
+            "rows": points[mine].sum(axis=0),
+            "target": goals.mean(axis=0) * len(mine),
+            "target_group": goals[theirs == value].sum(axis=0) * 24 / 11,
+        }[matched]
+        # Weights are stored in float32, and the penalty is that of the unscaled goal either way.
+        wanted = pursuit_by_hand(points[mine], goal, rows, 0.3)
+        np.testing.assert_allclose(found[mine], wanted, rtol=1e-4, atol=1e-4)
+    assert params["goal"] == ("rows" if matched == "rows" else "target")
+
+
+def test_a_group_that_the_target_lacks_is_filled_at_random_or_left_empty(table_of, caplog):
+    points = np.tile(np.eye(2), (10, 1))
+    table = table_of(points, label=pa.array(np.arange(20) // 10))
+    table.target = ArrayVectors(np.float32([[2.0, 4.0]]))
+    table.target_values = {"label": pa.array([1])}.__getitem__
+    settings = {"by_group": "label", "target_group": "label", "penalty": 0.0}
+    place, weight, _ = run(table, 8, fill="none", **settings)
+    assert place.tolist() == [10, 11] and weight.tolist() == [20.0, 40.0]  # ten rows for one
+    place, weight, _ = run(table, 8, **settings)
+    assert (place < 10).sum() == 4 and (weight[place < 10] == 1).all()
+    assert "no row of the group '0'" in caplog.text
+    with pytest.raises(ValueError, match="target_group needs groups of rows"):
+        GradMatch(target_group="label")
+    table.target = None
+    with pytest.raises(ValueError, match="give --target-vectors"):
+        run(table, 8, **settings)

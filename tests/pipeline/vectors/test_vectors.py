@@ -249,7 +249,7 @@ class TestSelect:
             ({"target": "x"}, "--target names a corpus"),
             ({"target_vectors": "column:fixed"}, "made without one; name it by --target"),
             ({"method": "semdedup", "target_vectors": "v.npy"}, "no use of --target-vectors"),
-            ({"method": "glister"}, "name its vectors by --target-vectors"),
+            ({"method": "greedy_alignment"}, "name its vectors by --target-vectors"),
         ):
             with pytest.raises(ValueError, match=re.escape(said)):
                 self.select(scores, tmp_path, **more)
