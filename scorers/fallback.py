@@ -110,7 +110,6 @@ class Catcher:
 class Replay:
     """Gives the gradients of some parameters of a caught module, some rows at a time."""
 
-    model: nn.Module
     module: str
     catcher: Catcher
     axes: CallAxes

@@ -313,7 +313,7 @@ class _Pass:
                 self._whole(params)
                 continue
             replay = Replay(
-                self.model, path.module, catcher, self.plan.leaf_axes[path.module],
+                path.module, catcher, self.plan.leaf_axes[path.module],
                 params, self.rows, self.row_map.ids, self._consume,
             )  # fmt: skip
             replay.by_vmap() if path.kind == "vmap" else replay.by_rows()

@@ -49,7 +49,6 @@ class Recording:
         self.sequences, self._anchor = sequences, anchor
         self.uses: dict[UseKey, Seen] = {}
         self.unknown_in: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-        self.unknown_by: dict[str, str] = {}
         self.hidden_names: set[str] = set()
         """Parameters used where no gradient is recorded, as inside custom autograd Functions."""
         self.calls: list[Call] = []
@@ -71,7 +70,6 @@ class Recording:
     def unknown(self, names: set[str], func: Callable[..., Any]) -> None:
         for name in names:
             self.unknown_in[name].append(tuple(self._stack))
-            self.unknown_by[name] = torch.overrides.resolve_name(func) or repr(func)
 
     def hidden(self, names: set[str]) -> None:
         self.hidden_names |= names
@@ -152,5 +150,5 @@ def _shapes(value: Any) -> list[torch.Size]:
 
 def marks(node: Any) -> list[tuple[UseKey, int]]:
     """Return the uses whose output a node of the autograd graph made, with their addresses."""
-    marks: list[tuple[UseKey, int]] = node.metadata.setdefault("curate", [])
-    return marks
+    made: list[tuple[UseKey, int]] = node.metadata.setdefault("curate", [])
+    return made
