@@ -1,6 +1,7 @@
 """CRAIG against greedy by brute force, the best subset, and what its weights must sum to."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.selectors import craig as craig_module
-from curate.selectors.craig import Craig, represent
+from curate.selectors import craig_cells, craig_search
+from curate.selectors.craig import Craig
+from curate.selectors.craig_cells import in_cells
+from curate.selectors.craig_search import represent
 from curate.selectors.protocol import Budget
 from curate.selectors.vectors import ArrayVectors
 
@@ -37,7 +41,8 @@ def plain_greedy(points, k):
 
 def run(points, k):
     ones = np.ones(len(points), dtype=np.int64)
-    return represent(ArrayVectors(points.astype(np.float32)), ones, k)
+    found = represent(ArrayVectors(points.astype(np.float32)), ones, k)
+    return found.picks, found.counts
 
 
 @settings(deadline=None, max_examples=40)
@@ -65,7 +70,7 @@ def test_it_keeps_the_bound_of_greedy_on_every_small_set():
 def test_computing_distances_again_changes_nothing(monkeypatch):
     points = np.random.default_rng(1).normal(size=(200, 5)).astype(np.float32)
     held = run(points, 60)
-    monkeypatch.setattr(craig_module, "HELD_BYTES", 0)
+    monkeypatch.setattr(craig_search, "HELD_BYTES", 0)
     again = run(points, 60)
     assert held[0].tolist() == again[0].tolist() and held[1].tolist() == again[1].tolist()
 
@@ -121,3 +126,69 @@ def test_tokens_end_before_the_row_that_exceeds_them(make_table, kept):
     assert len(kept(Craig().select(table, Budget("tokens", 8), RNG))) == 2
     with pytest.raises(ValueError, match="13 tokens is more than the 12"):
         Craig().select(table, Budget("tokens", 13), RNG)
+
+
+def greedy_in_cells(points, cells, sizes, amount):
+    """Plain greedy on distances that are the largest possible between cells, from their matrix."""
+    far = 2 * np.linalg.norm(points - points.mean(axis=0), axis=1).max()
+    away = np.full((len(points), len(points)), far)
+    for cell in cells:
+        away[np.ix_(cell, cell)] = distances(points)[np.ix_(cell, cell)]
+    picks, nearest = [], np.full(len(points), far)
+    while len(picks) < len(points):
+        saved = np.maximum(nearest[:, None] - away, 0).sum(axis=0)
+        saved[picks] = -1
+        best = int(np.argmax(saved))
+        if sizes[picks].sum() + sizes[best] > amount:
+            break
+        picks.append(best)
+        nearest = np.minimum(nearest, away[:, best])
+    counts, true = np.zeros(len(picks), dtype=int), distances(points)[:, picks]
+    for i in range(len(points)):
+        is_served = bool((away[i, picks] < far).any())
+        counts[int(np.argmin(away[i, picks] if is_served else true[i]))] += 1
+    return picks, counts, nearest.sum()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_in_cells_it_is_greedy_where_rows_of_other_cells_are_far(seed, by_tokens):
+    draw = np.random.default_rng(seed)
+    points = draw.normal(size=(40, 3)).astype(np.float32)
+    sizes = draw.integers(1, 6, 40) if by_tokens else np.ones(40, dtype=np.int64)
+    # A last cell of one row far out: it often gets no pick, and another cell's pick counts it.
+    cells = [np.sort(c) for c in np.split(draw.permutation(40), [18, 39])]
+    for amount in (5, 9, 31) if by_tokens else (1, 2, 7, 20):
+        picks, counts = in_cells(ArrayVectors(points), cells, sizes, amount)
+        wanted, served, objective = greedy_in_cells(points.astype(np.float64), cells, sizes, amount)
+        # Late picks save each other alone, two by two, and either comes first: none is late here.
+        assert picks.tolist() == wanted
+        assert counts.tolist() == served.tolist()
+        assert counts.sum() == 40
+        assert distances(points)[:, picks].min(axis=1).sum() <= objective + 1e-9
+
+
+def test_more_rows_than_can_be_compared_are_cut_into_cells_in_bounded_memory(
+    make_table, monkeypatch
+):
+    pytest.importorskip("faiss")
+    draw = np.random.default_rng(8)
+    points = (draw.normal(size=(4000, 8)) + 6 * np.eye(8)[draw.integers(0, 8, 4000)]).astype("f4")
+    table = with_vectors(make_table, points)
+    table.batch_rows = 1000
+    for name, rows in (("EXACT_ROWS", 1000), ("CELL_ROWS", 256)):
+        monkeypatch.setattr(craig_module, name, rows)
+    tracemalloc.start()
+    selection = Craig().select(table, Budget("rows", 60), np.random.default_rng(0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # All distances are 128 MB; a cell's 0.5 MB, blocks of 256 x 4096 products some 10 MB.
+    assert peak < 40e6
+    weight = pa.Table.from_batches(list(selection.batches))["weight"].to_numpy()
+    assert selection.params["used_cells"] >= 16
+    assert len(weight) == 60 and weight.sum() == 4000 and weight.min() >= 1
+    exact = Craig(cells=1).select(table, Budget("rows", 60), np.random.default_rng(0))
+    assert exact.params["used_cells"] == 1
+    with pytest.raises(ValueError, match="cells must be a count"):
+        Craig(cells=0)
+    assert craig_cells.CELL_ROWS**2 * 8 <= craig_search.HELD_BYTES
