@@ -376,7 +376,9 @@ def select(
         list[str] | None, typer.Option(help="KEY=VALUE of the method, such as by_group=label.")
     ] = None,
     drop_top: Annotated[str, typer.Option(help="Drop this share or count of the top first.")] = "0",
-    offset: Annotated[str, typer.Option(help="window: where it starts in ascending order.")] = "0",
+    offset: Annotated[
+        str | None, typer.Option(help="window: where it starts in ascending order, from 0.")
+    ] = None,
     include_errors: Annotated[
         bool, typer.Option("--include-errors", help="Rows that could not be scored may be kept.")
     ] = False,
@@ -422,7 +424,7 @@ def select(
         method=method,
         params=_pairs(param, "--param"),
         drop_top=_number(drop_top, "--drop-top"),
-        offset=_number(offset, "--offset"),
+        offset=None if offset is None else _number(offset, "--offset"),
         include_errors=include_errors,
         direction=direction,
         by_group=by_group,
@@ -653,7 +655,9 @@ def _made(manifest: Any, as_json: bool) -> None:
 
 @app.command()
 def evaluate(
-    corpus: Corpus,
+    corpus: Annotated[
+        str | None, typer.Argument(help="All the data; by default the manifests' own.")
+    ] = None,
     manifest: Annotated[list[str] | None, typer.Option(help="Manifest folder; repeatable.")] = None,
     test: Annotated[str | None, typer.Option(help="Corpus to test on.")] = None,
     model: Model = None,
@@ -687,7 +691,7 @@ def evaluate(
     from curate.pipeline.evaluation.evaluate_report import format_report
 
     result = run(
-        _corpus(corpus, split),
+        None if corpus is None else _corpus(corpus, split),
         manifests=manifest or ["run/manifest"],
         test=_corpus(_required(test, "--test"), test_split),
         model=_required(model, "--model"),

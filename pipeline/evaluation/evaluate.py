@@ -10,6 +10,7 @@ from typing import Any
 from curate.pipeline.evaluation.evaluate_arm import Arm, Plan, release_rows, run_arm
 from curate.pipeline.evaluation.evaluate_report import FORMAT, VERSION, draw, evaluation_report
 from curate.pipeline.evaluation.evaluate_report import format_report as format_report
+from curate.pipeline.manifests.algebra import same_data
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.storing.lock import RunLock
@@ -27,7 +28,7 @@ log = logging.getLogger("curate.evaluate")
 
 
 def evaluate(
-    corpus: str | Sequence[str] | Corpus,
+    corpus: str | Sequence[str] | Corpus | None = None,
     *,
     manifests: Sequence[str | os.PathLike[str]],
     model: str,
@@ -59,11 +60,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Train on each manifest, on random subsets of their sizes and on all; return the report.
 
-    Every arm is trained once per seed with the same settings and, unless `match="epochs"`, for the
-    same steps, then tested on `test`: accuracy for classification, mean loss per token for
-    language. A random subset is drawn anew for each seed. The report has each result, means with
-    95 % t intervals, and paired tests over seeds against random and against all data; it is also
-    written to `out` as JSON, text and a drawing. `format_report` turns it into text.
+    `corpus` is all the data; where none is named, what the manifests select from. Every arm is
+    trained once per seed with the same settings and, unless `match="epochs"`, for the same steps,
+    then tested on `test`: accuracy for classification, mean loss per token for language. A random
+    subset is drawn anew for each seed. The report has each result, means with 95 % t intervals, and
+    paired tests over seeds against random and against all data; it is also written to `out` as
+    JSON, text and a drawing. `format_report` turns it into text.
 
     Results are kept as they come: a run that was killed goes on when called again, and manifests
     and seeds can be added.
@@ -72,8 +74,9 @@ def evaluate(
         ValueError: something given is wrong, or `out` holds another configuration or something
             else.
     """
+    opened = _read(manifests)
     settings = settings_for(
-        corpus,
+        _common_corpus(opened) if corpus is None else corpus,
         model=model,
         task=task,
         task_options=task_options,
@@ -100,7 +103,7 @@ def evaluate(
     tested = test if isinstance(test, Corpus) else open_corpus(test)
     _check_test(settings, tested)
     plan = Plan(settings, tested, settings.out)
-    arms = arms_of(settings, manifests)
+    arms = arms_of(settings, opened)
     numbers = seed_numbers(seeds)
     folder = Folder(plan.out)
     _claim(folder, _config(plan), overwrite)
@@ -121,19 +124,38 @@ def evaluate(
     return report
 
 
-def arms_of(settings: TrainSettings, manifests: Sequence[str | os.PathLike[str]]) -> list[Arm]:
+def _read(manifests: Sequence[str | os.PathLike[str]]) -> list[Manifest]:
+    if not manifests:
+        raise ValueError("evaluate needs at least one manifest; make one with `curate select`")
+    return [Manifest.read(os.fspath(path)) for path in manifests]
+
+
+def _common_corpus(manifests: Sequence[Manifest]) -> Corpus:
+    """Return the corpus that all manifests select from.
+
+    Raises:
+        ValueError: they select from different data, or the data changed or is missing.
+    """
+    first = manifests[0].content["corpus"]
+    for other in manifests[1:]:
+        if not same_data(first, theirs := other.content["corpus"]):
+            raise ValueError(
+                f"{manifests[0].path} selects from {first['uri']} and {other.path} from "
+                f"{theirs['uri']}: compare selections of the same data"
+            )
+    return manifests[0].corpus
+
+
+def arms_of(settings: TrainSettings, manifests: Sequence[Manifest]) -> list[Arm]:
     """Return all that is compared: everything, each manifest, random subsets of their sizes.
 
     Raises:
-        ValueError: no manifest is given, one keeps nothing, is of another corpus, or twice there.
+        ValueError: a manifest keeps nothing, is of another corpus, or twice there.
     """
-    if not manifests:
-        raise ValueError("evaluate needs at least one manifest; make one with `curate select`")
-    opened = [Manifest.read(os.fspath(path)) for path in manifests]
-    names = _short_names([m.path for m in opened])
+    names = _short_names([m.path for m in manifests])
     rows = settings.corpus.rows
     arms = [Arm("full", "full", rows, "full")]
-    for name, manifest in zip(names, opened, strict=True):
+    for name, manifest in zip(names, manifests, strict=True):
         settings.on_manifest(manifest.path)  # refuses other corpora and empty selections
         arms.append(
             Arm(name, "subset", len(manifest), _method(manifest), manifest.path, manifest.digest)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from curate.pipeline.manifests.loader import load_manifest
+from curate.pipeline.manifests.manifest import NAME as MANIFEST
 from curate.pipeline.manifests.row_source import RowSource
 from curate.pipeline.models.checkpoint import Checkpoint, find_checkpoints
 from curate.pipeline.models.models import absolute_model, make_model, model_args
@@ -268,6 +269,10 @@ def _opened(corpus: str | Sequence[str] | Corpus | None, manifest: str | None) -
     if isinstance(corpus, Corpus):
         return corpus
     if corpus is not None:
+        if isinstance(corpus, str) and Folder(corpus).exists(MANIFEST):
+            raise ValueError(
+                f"{corpus} is a manifest, not a corpus; name it behind a --manifest of its own"
+            )
         return open_corpus(corpus)
     if manifest is None:
         raise ValueError("name what to train on: a corpus, or a manifest, which knows its own")

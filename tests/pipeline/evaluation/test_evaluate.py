@@ -301,6 +301,23 @@ def test_wrong_input_is_refused_in_one_sentence(data, tmp_path):
         evaluate(corpus, manifests=[narrow], test=test, out=tmp_path, **QUICK)
 
 
+def test_the_corpus_is_the_manifests_own_where_none_is_named(evaluated, data, tmp_path):
+    (_, test, mixture, narrow, _), (report, out) = data, evaluated
+    options = dict(test=test, seeds=3, out=out, **QUICK | {"epochs": 6})
+    assert evaluate(manifests=[mixture, narrow], **options) == report  # nothing is trained again
+    shifted = write_digits(tmp_path / "shifted.parquet", np.arange(ROWS))
+    other = random_manifest(open_corpus(shifted), 50, 0, Folder(tmp_path / "other")).path
+    with pytest.raises(ValueError, match=r"selects from .*train.parq.* from .*shifted"):
+        evaluate(manifests=[mixture, other], **options)
+    with pytest.raises(ValueError, match=r"mixture is not usable: .*shifted.parquet, recorded was"):
+        evaluate(shifted, manifests=[mixture], **options | {"out": tmp_path / "x"})
+    with pytest.raises(ValueError, match=r"mixture is a manifest, not a corpus"):
+        evaluate(mixture, manifests=[narrow], **options)
+    with pytest.raises(ValueError, match="at least one manifest"):
+        evaluate(manifests=[], **options)
+    assert not (tmp_path / "x").exists()
+
+
 def test_another_configuration_is_refused(data, evaluated, tmp_path):
     corpus, test, mixture, _, _ = data
     options = {"manifests": [mixture], "test": test, "seeds": 1, "out": tmp_path / "run"}
