@@ -17,6 +17,7 @@ from ray import exceptions
 
 from curate.pipeline.ray_cluster import Cluster, connected
 from curate.pipeline.scoring.attempts import SUSPECT
+from curate.pipeline.scoring.ngram_tasks import count_on_ray
 from curate.pipeline.scoring.score_progress import Progress
 from curate.pipeline.scoring.score_run import ScoringRun
 from curate.pipeline.scoring.score_unit import RunError
@@ -93,6 +94,7 @@ def score_on_ray(
     """
     with connected(address, run.work.out):
         cluster = Cluster.split(run.work.threads, workers, num_gpus, len(run.todo))
+        count_on_ray(run, cluster)
         with run.progress(show) as progress:
             Pool(run, cluster, progress, sizing.seconds_per_row).work()
 

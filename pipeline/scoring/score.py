@@ -328,6 +328,7 @@ def _run(
             score_on_ray(run, sizing, engine.workers, engine.num_gpus, engine.ray_address, show)
         else:
             _score_here(run, worker, show)
+    worker = None
     notes: dict[str, Any] = {}
     if is_step_zero:
         notes["input_norm_correlation"] = input_norm_correlations(work, units)
@@ -364,7 +365,7 @@ def _check_model(work: Work, lock: RunLock, engine: _Engine) -> tuple[Sizing, Sc
     run = ScoringRun(work, [], lock)
     worker = ScoringWorker(first_checkpoint_only(work), run.session, run.number(-1))
     if worker.signals.texts is not None:
-        worker.signals.texts.ready()  # counted once, before several workers would
+        worker.signals.texts.check()
     sizing = size_up(work, worker.signals, worker.probed, engine.device_kind())
     if worker.signals.stores is not None:
         sizing = replace(sizing, stored_bytes=worker.signals.stores.whole_row_bytes(work))
@@ -386,6 +387,8 @@ def _plan_units(work: Work, sizing: Sizing, unit_rows: int | None) -> list[Unit]
 def _score_here(run: ScoringRun, worker: ScoringWorker | None, show: bool) -> None:
     """Score what is left in this process."""
     worker = worker or ScoringWorker(run.work, run.session, run.number(-1))
+    if worker.signals.texts is not None:
+        worker.signals.texts.ready()
     with run.progress(show) as progress:
         for unit in run.todo:
             while unit.number not in run.done and not run.is_lethal(unit):

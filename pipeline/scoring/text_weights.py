@@ -2,17 +2,18 @@
 
 Shapes: N rows of a window, G n-grams of a row, M buckets.
 
-The n-grams of the whole corpus and of the target are counted before the first unit, once a run.
-The counts are kept in `ngrams/`; the first commit stays, and all workers read that.
+The n-grams of the whole corpus and of the target are counted before the first unit, once a run: by
+this process portion by portion, or by Ray's workers (`ngram_tasks.py`). The counts are kept in
+`ngrams/`; the first commit stays, and all workers read that.
 """
 
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,17 +30,25 @@ from curate.pipeline.tasks.guess import guess_aloud
 from curate.pipeline.tasks.registry import make_task, task_from_description
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.tasks.tokenizers import BYTES
-from curate.scorers.ngrams import gram_buckets
+from curate.scorers.ngrams import gram_buckets, words
 from curate.scorers.protocol import ADAM_KINDS, TARGET_KINDS, TEXT_KINDS, Scorer, Signal
 
 log = logging.getLogger("curate.score")
 
 FOLDER = "ngrams"
 READ_ROWS = 4096
+PORTION_ROWS = 1 << 18
+"""Rows that one worker counts at a time."""
 SAMPLE_ROWS = 1000
 """Rows that are counted where nothing is to be kept: for timing."""
 SMALL = 1e-8
 """Added to shares before the logarithm, as in the source's package."""
+NO_WORDS = "the {} has no words in its texts, so rows have no weights"
+
+Of = Literal["corpus", "target"]
+CORPORA: tuple[Of, ...] = ("corpus", "target")
+Totals = dict[tuple[Signal, Of], Int64[np.ndarray, " m"]]
+"""How many n-grams of either fall into each bucket, of some rows or all."""
 
 
 def text_task(name: str | None, corpus: Corpus, options: dict[str, Any]) -> Task:
@@ -117,13 +126,35 @@ class Counts:
         Raises:
             ValueError: the corpus or the target has no words at all.
         """
-        for name in ("corpus", "target"):
-            if not getattr(self, name).any():
-                raise ValueError(f"the {name} has no words in its texts, so rows have no weights")
+        for of in CORPORA:
+            if not getattr(self, of).any():
+                raise ValueError(NO_WORDS.format(of))
         ratio: np.ndarray = np.log(self.target / self.target.sum() + SMALL) - np.log(
             self.corpus / self.corpus.sum() + SMALL
         )
         return ratio
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Rows of a shard `of` the corpus or the target."""
+
+    of: Of
+    shard: int
+    start: int
+    rows: int
+
+
+def zero_counts(signals: Iterable[Signal]) -> Totals:
+    """Return what counts are added to."""
+    every = list(signals)
+    return {(s, of): np.zeros(_settings(s)[1], np.int64) for s in every for of in CORPORA}
+
+
+def add_counts(totals: Totals, more: Totals) -> None:
+    """Add counts to the totals, in place."""
+    for key, counts in more.items():
+        totals[key] += counts
 
 
 class TextWeights:
@@ -137,6 +168,26 @@ class TextWeights:
         task = task_from_description(dict(work.task), work.corpus)
         self.columns = text_columns(task, work.corpus.schema, "the corpus")
         self._ratios: dict[Signal, Float64[np.ndarray, " m"]] = {}
+        self._sample: Totals = {}
+
+    @property
+    def missing(self) -> list[Signal]:
+        """The signals whose counts are not kept yet."""
+        return [s for s in self.signals if not self.folder.exists(_name(s))]
+
+    def check(self) -> None:
+        """Read counts that are there; else see that there is something to count.
+
+        Raises:
+            ValueError: a file of counts is damaged, or texts have no words.
+        """
+        if not self.missing:
+            self.ready()
+            return
+        for of in CORPORA:
+            portions = (p for p in self.portions() if p.of == of)
+            if not any(words(text) for portion in portions for text in self._read_texts(portion)):
+                raise ValueError(NO_WORDS.format(of))
 
     def ready(self) -> None:
         """Make or read the counts.
@@ -144,9 +195,42 @@ class TextWeights:
         Raises:
             ValueError: a file of counts is damaged, or there is nothing to count.
         """
+        if self.missing and self.keeps:
+            totals = zero_counts(self.signals)
+            for portion in self.portions():
+                add_counts(totals, self.counted(portion))
+            self.keep(totals)
         for signal in self.signals:
             if signal not in self._ratios:
-                self._ratios[signal] = self._counts(signal).log_ratio()
+                kept = self.folder.exists(_name(signal))
+                counts = self._read(_name(signal)) if kept else self._sampled(signal)
+                self._ratios[signal] = counts.log_ratio()
+
+    def portions(self) -> list[Portion]:
+        """Return what is to be counted, in parts that several workers can take."""
+        return [
+            Portion(of, shard, start, min(PORTION_ROWS, entry.rows - start))
+            for of in CORPORA
+            for shard, entry in enumerate(self._corpus(of).shards)
+            for start in range(0, entry.rows, PORTION_ROWS)
+        ]
+
+    def counted(self, portion: Portion) -> Totals:
+        """Return the counts of some rows."""
+        totals = zero_counts(self.signals)
+        log.info("counting n-grams of %s", self._corpus(portion.of).url(portion.shard))
+        for text in self._read_texts(portion):
+            for signal in self.signals:
+                n, buckets = _settings(signal)
+                found = gram_buckets(text, n, buckets)
+                totals[signal, portion.of] += np.bincount(found, minlength=buckets)
+        return totals
+
+    def keep(self, totals: Totals) -> None:
+        """Commit the counts of all portions; what is there already stays."""
+        for signal in self.missing:
+            made = Counts(totals[signal, "corpus"], totals[signal, "target"])
+            self.folder.create(_name(signal), self._bytes(made))
 
     def of(self, rows: pa.Table) -> tuple[dict[Signal, Float64[np.ndarray, " n"]], dict[int, str]]:
         """Return each signal's weights, and why rows have none; a text without words has 0."""
@@ -166,34 +250,29 @@ class TextWeights:
         # Rounded once, so that it does not matter in what order the n-grams stand.
         return math.fsum(ratio[gram_buckets(text, *_settings(signal))])
 
-    def _counts(self, signal: Signal) -> Counts:
-        n, buckets = _settings(signal)
-        name = f"{FOLDER}/{n}-grams-{buckets}.safetensors"
-        if not self.folder.exists(name):
-            most = None if self.keeps else SAMPLE_ROWS
-            made = Counts(
-                self._counted(self.work.corpus, n, buckets, most),
-                self._counted(self.target.corpus, n, buckets, most),
-            )
-            if not self.keeps:
-                return made
-            self.folder.create(name, self._bytes(made))
-        return self._read(name)
+    def _sampled(self, signal: Signal) -> Counts:
+        """Return the counts of the first rows alone."""
+        if not self._sample:
+            self._sample = zero_counts(self.signals)
+            for of in CORPORA:
+                left = SAMPLE_ROWS
+                for portion in (p for p in self.portions() if p.of == of):
+                    if left > 0:
+                        first = replace(portion, rows=min(left, portion.rows))
+                        add_counts(self._sample, self.counted(first))
+                        left -= first.rows
+        return Counts(self._sample[signal, "corpus"], self._sample[signal, "target"])
 
-    def _counted(
-        self, corpus: Corpus, n: int, buckets: int, most: int | None
-    ) -> Int64[np.ndarray, " m"]:
-        log.info("counting the n-grams of %s", corpus.uri)
-        counts, rows = np.zeros(buckets, dtype=np.int64), 0
-        for shard in range(len(corpus.shards)):
-            for batch in corpus.read(shard, columns=self.columns, batch_rows=READ_ROWS):
-                for text in _texts(pa.Table.from_batches([batch]), self.columns):
-                    if text is not None:
-                        counts += np.bincount(gram_buckets(text, n, buckets), minlength=buckets)
-                rows += batch.num_rows
-                if most is not None and rows >= most:
-                    return counts
-        return counts
+    def _corpus(self, of: Of) -> Corpus:
+        return self.work.corpus if of == "corpus" else self.target.corpus
+
+    def _read_texts(self, portion: Portion) -> Iterator[str]:
+        """Yield the texts of some rows, those that are null left out."""
+        some = portion.shard, portion.start, portion.rows
+        for batch in self._corpus(portion.of).read(*some, self.columns, READ_ROWS):
+            for text in _texts(pa.Table.from_batches([batch]), self.columns):
+                if text is not None:
+                    yield text
 
     def _bytes(self, made: Counts) -> bytes:
         said = {"run": self.work.run, "digest": _digest(made)}
@@ -226,6 +305,11 @@ def _texts(rows: pa.Table, columns: Sequence[str]) -> Iterator[str | None]:
     """Yield each row's text, of several columns one under the other; None where one is null."""
     for parts in zip(*(rows.column(name).to_pylist() for name in columns), strict=True):
         yield None if None in parts else "\n".join(parts)
+
+
+def _name(signal: Signal) -> str:
+    n, buckets = _settings(signal)
+    return f"{FOLDER}/{n}-grams-{buckets}.safetensors"
 
 
 def _digest(counts: Counts) -> str:
