@@ -6,8 +6,8 @@
 
 Everything goes through `curate.train`, `score`, `select` and `evaluate`. A row of the table is a
 mean over splits of the data with its 95 % t interval; behind each split stand several trainings.
-Digits: scikit-learn's 1797 images, 1300 to train on, MLP 64-128-64-10. Wrong-label detection on
-more data is in `mislabels.py`.
+Digits: scikit-learn's 1797 images, 1300 to train on, MLP 64-128-64-10. Wrong-label detection by
+every scorer, and on more data, is in `mislabels.py`.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 from small_data import Files, digits
 from timing import machine
 
@@ -101,25 +102,74 @@ def top_is_noise(folder: Path, split: int, effort: Effort) -> Iterator[tuple[str
             yield name.replace("all rows", f"{flips:.0%} wrong, all rows"), value
 
 
+def not_yet_memorised(folder: Path, split: int, effort: Effort) -> Iterator[tuple[str, float]]:
+    """Row 3, short trainings: wrong labels that are not memorised yet cost little.
+
+    The same with a quarter of the steps.
+    """
+    data = digits(folder, split, flips=0.2)
+    few = Effort(proxies=max(2, effort.proxies // 2))
+    table = _scored(data.train, folder, ["el2n"], few)
+    select(table, by="el2n", method="bottom", budget=0.8, out=folder / "low")
+    short = Effort(trainings=max(2, effort.trainings // 2), epochs=3 * effort.epochs // 4)
+    chosen = {"low": "without the highest EL2N"}
+    for name, value in _accuracies(data, folder, chosen, short, random=False):
+        yield f"20% wrong, {short.epochs} epochs, {name}", value
+
+
+def wrong_labels(folder: Path, split: int, effort: Effort) -> Iterator[tuple[str, float]]:
+    """Row 4: AUROC of the scores at finding wrong labels, one in five.
+
+    Paul et al. 2021; Pruthi et al. 2020; Pleiss et al. 2020; Hoelzl et al. 2025 (GWA); Evans et
+    al. 2024 (DVGS: proxies trained on 200 clean rows by full-batch steps).
+    """
+    data = digits(folder, split, flips=0.2, clean=200)
+    assert data.clean is not None, "asked for"
+    scorers = {"el2n": "EL2N", "gwa": "GWA", "aum": "AUM", "grand": "GraNd",
+               "self_influence": "self-influence"}  # fmt: skip
+    found = _table(_scored(data.train, folder, list(scorers), effort), list(scorers))
+    for column, name in scorers.items():
+        wrong_end = -1 if column in ("gwa", "aum") else 1
+        yield f"AUROC, {name}", roc_auc_score(data.wrong, wrong_end * found[column].to_numpy())
+    made, epochs = folder / "on-target", 5 * effort.epochs
+    train(data.clean, seeds=3, epochs=epochs, save_epochs=range(0, epochs + 1, epochs // 10),
+          batch_size=200, lr=1e-3, schedule="constant", out=made, progress=False,
+          **MLP)  # fmt: skip
+    for group, name in (("none", "one group, as in the paper"), (None, "by class")):
+        table = curate.score(data.train, checkpoints=str(made), target=data.clean,
+                             target_group=group, scorers=["dvgs=grad_similarity(mode=dvgs)"],
+                             engine="local", out=folder / name, progress=False)  # fmt: skip
+        value = _table(table, ["dvgs"])["dvgs"].to_numpy()
+        yield f"AUROC, DVGS, {name}", roc_auc_score(data.wrong, -value)
+
+
 def norm_at_start(folder: Path, split: int, effort: Effort) -> Iterator[tuple[str, float]]:
-    """Row 5: GraNd at initialisation is little more than the norm of the input (Kirsch 2023)."""
+    """Row 5: GraNd at initialisation is little more than the norm of the input (Kirsch 2023).
+
+    And keeping what it ranks highest is no better than a random choice.
+    """
     data = digits(folder, split)
     made = folder / "initial"
     train(data.train, seeds=effort.proxies, epochs=1, save_epochs=[0], out=made, progress=False,
           **MLP)  # fmt: skip
-    table = curate.score(data.train, checkpoints=str(made), scorers=["grand"], keep=["features"],
-                         engine="local", out=folder / "initial-scores", progress=False)  # fmt: skip
+    table = curate.score(data.train, checkpoints=str(made / "seed*-epoch000"), scorers=["grand"],
+                         keep=["features"], engine="local", out=folder / "initial-scores",
+                         progress=False)  # fmt: skip
     rows = _table(table, ["grand", "features"])
     norms = np.linalg.norm(np.stack(rows["features"].to_numpy(zero_copy_only=False)), axis=1)
     found = stats.spearmanr(rows["grand"].to_numpy(), norms).statistic
     yield "Spearman of GraNd at step 0 and input norm", float(found)
+    select(table, by="grand", budget=0.25, out=folder / "highest")
+    chosen = {"highest": "GraNd at step 0 highest, keep 25%"}
+    few = Effort(trainings=max(2, effort.trainings // 2), epochs=effort.epochs)
+    yield from _accuracies(data, folder, chosen, few)
 
 
 def shuffled_text(folder: Path, split: int, effort: Effort) -> Iterator[tuple[str, float]]:
     """Row 9: shuffled text has the larger self-influence (Thakkar et al. 2023, figure 1).
 
-    A byte-level GPT on the standard library's modules; held-out stretches of 256 bytes, as they
-    are and with their words in random order.
+    A byte-level GPT, two seeds, on the standard library's modules; held-out stretches of 256 bytes,
+    as they are and with their words in random order. The sign test is of one split's pairs.
     """
     rng = np.random.default_rng(split)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -132,9 +182,9 @@ def shuffled_text(folder: Path, split: int, effort: Effort) -> Iterator[tuple[st
     pq.write_table(pa.table({"text": learnt}), folder / "train.parquet")
     pq.write_table(pa.table({"text": held + moved}), folder / "held.parquet")
     made = folder / "checkpoints"
-    train(str(folder / "train.parquet"), model="gpt", task="causal_lm", seeds=1,
+    train(str(folder / "train.parquet"), model="gpt", task="causal_lm", seeds=2,
           model_options={"layers": 2, "dim": 64, "heads": 4},
-          epochs=max(1, effort.epochs // 5), out=made, progress=False)  # fmt: skip
+          epochs=max(1, effort.epochs // 10), out=made, progress=False)  # fmt: skip
     scorers = ["loss", "si=self_influence(params=blocks.0)"]
     table = curate.score(str(folder / "held.parquet"), checkpoints=str(made), scorers=scorers,
                          engine="local", out=folder / "scores", progress=False)  # fmt: skip
@@ -144,6 +194,8 @@ def shuffled_text(folder: Path, split: int, effort: Effort) -> Iterator[tuple[st
         more = value[len(held) :] > value[: len(held)]
         called = "self-influence (first block)" if name == "si" else "loss"
         yield f"share of pairs where the shuffled text has the larger {called}", float(more.mean())
+        p = stats.binomtest(int(more.sum()), len(more)).pvalue
+        yield f"-log10 p of the sign test of that {called}", -float(np.log10(p))
 
 
 def gio_consistency(folder: Path, split: int, effort: Effort) -> Iterator[tuple[str, float]]:
@@ -167,6 +219,8 @@ def gio_consistency(folder: Path, split: int, effort: Effort) -> Iterator[tuple[
 ROWS: dict[str, Row] = {
     "1": hard_rows,
     "3": top_is_noise,
+    "3b": not_yet_memorised,
+    "4": wrong_labels,
     "5": norm_at_start,
     "6": gio_consistency,
     "9": shuffled_text,
