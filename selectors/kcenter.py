@@ -12,6 +12,7 @@ from curate.selectors.divided import Divided, Part
 from curate.selectors.farthest import FarthestFirst, nearest_to_mean
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
+from curate.selectors.scaled import ScaledVectors, exponent_of
 from curate.selectors.vectors import PartOfVectors, Vectors, VectorTable, usable_target
 
 EXACT_PICKS = 10_000
@@ -25,10 +26,12 @@ class KCenter(Divided):
     Gonzalez 1985; Sener and Savarese 2018 (arXiv:1708.00489, algorithm 1). The largest distance of
     a row from its nearest chosen one, recorded as `radius`, is at most twice the smallest possible
     for as many rows (times as many groups, where there are groups); null where the budget leaves
-    a group or cell without any. `metric="cosine"` measures
-    sqrt(2 - 2 cos), `"euclidean"` the vectors as they are. `start="random"` draws the first row,
-    `"mean"` takes the one nearest the mean. Target vectors, where they are given, are rows one has
-    already: they count as chosen, and there is no start.
+    a group or cell without any. `metric="cosine"` measures sqrt(2 - 2 cos), `"euclidean"` the
+    vectors as they are, which are looked through once more so that their scale does not matter:
+    times a power of two they give the same rows. (Distances below 1e-19 of the largest number are
+    0.) `start="random"` draws the first row, `"mean"` takes the one nearest the mean. Target
+    vectors, where they are given, are rows one has already: they count as chosen, and there is no
+    start.
 
     Exact up to 10 000 picks. Above that, or with `cells`, the rows are cut into that many cells by
     k-means and compared inside their cell alone, the next pick being the farthest row of all cells.
@@ -71,7 +74,11 @@ class KCenter(Divided):
         self, part: Part, base: Vectors | None, seed: int
     ) -> tuple[Int64[ndarray, " k"], float, int]:
         """Return the part's rows in order, the radius they leave, and the number of cells."""
-        vectors, sizes = part.vectors, part.sizes
+        vectors, sizes, exponent = part.vectors, part.sizes, 0
+        if self.metric == "euclidean":
+            exponent = exponent_of(vectors, base)
+            vectors = ScaledVectors(vectors, exponent)
+            base = None if base is None else ScaledVectors(base, exponent)
         picks = max(1, part.amount * len(sizes) // max(1, int(sizes.sum())))
         count = -(-picks // EXACT_PICKS) if self.cells is None else min(self.cells, picks)
         cells = cells_of(vectors, count, self.metric, seed) if count > 1 else None
@@ -81,7 +88,7 @@ class KCenter(Divided):
         centres = FarthestFirst(vectors, self.metric, starts=starts, base=base, cells=cells)
         return (
             centres.fill(sizes, part.amount),
-            centres.radius(),
+            float(np.ldexp(centres.radius(), -exponent)),
             1 if cells is None else len(cells),
         )
 

@@ -222,3 +222,28 @@ class TestSelector:
         for wrong in ({"metric": "dot"}, {"start": "first"}, {"cells": 0}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 KCenter(**wrong)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"start": "mean"}, {"cells": 3}, {"base": True}, {"by_group": "label"}]
+)
+def test_vectors_of_any_scale_give_the_same_rows(make_table, kept, metric, settings):
+    """Squares of distances such as 2^-120 are no numbers of float32, those of 2^120 infinite."""
+    draw = np.random.default_rng(11)
+    points = draw.normal(size=(60, 4)).astype(np.float32) * np.float32(3e-3)
+    base = draw.normal(size=(2, 4)).astype(np.float32) * np.float32(3e-3)
+    found, radii = [], []
+    for exponent in (0, -60, 60):
+        table = make_table(np.zeros(60), label=pa.array(np.arange(60) % 2))
+        table.vectors, table.target = ArrayVectors(np.ldexp(points, exponent)), None
+        named = dict(settings)
+        if named.pop("base", False):
+            table.target = ArrayVectors(np.ldexp(base, exponent))
+        method = KCenter(metric=metric, **named)
+        selection = method.select(table, Budget("rows", 20), np.random.default_rng(0))
+        found.append(kept(selection).tolist())
+        radii.append(selection.params["radius"])
+    assert found[0] == found[1] == found[2]
+    there = -60 if metric == "euclidean" else 0
+    assert [radii[0], radii[0]] == [np.ldexp(radii[1], -there), np.ldexp(radii[2], there)]
