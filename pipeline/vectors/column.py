@@ -29,13 +29,7 @@ class Column:
     wanted: Wanted
 
     def __post_init__(self) -> None:
-        schema = self.wanted.corpus.schema
-        if self.name not in schema.names:
-            raise ValueError(
-                f"{self.wanted.flag}: no column {self.name!r} in {self.wanted.corpus.uri}; "
-                f"it has: {', '.join(schema.names)}"
-            )
-        kind = schema.field(self.name).type
+        kind = self.wanted.type_of(self.name)
         is_list = any(
             test(kind)
             for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

@@ -29,12 +29,7 @@ class Hashed:
     wanted: Wanted
 
     def __post_init__(self) -> None:
-        schema = self.wanted.corpus.schema
-        if self.name not in schema.names:
-            raise ValueError(
-                f"{self.wanted.flag}: no column {self.name!r} in {self.wanted.corpus.uri}; "
-                f"it has: {', '.join(schema.names)}"
-            )
+        self.wanted.type_of(self.name)  # raises where there is none
 
     @property
     def content(self) -> dict[str, Any]:

@@ -70,6 +70,20 @@ class Wanted:
             )
         return open_described(described)
 
+    def type_of(self, column: str) -> pa.DataType:
+        """Return what a column of the corpus holds.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        schema = self.corpus.schema
+        if column not in schema.names:
+            raise ValueError(
+                f"{self.flag}: no column {column!r} in {self.corpus.uri}; "
+                f"it has: {', '.join(schema.names)}"
+            )
+        return schema.field(column).type
+
     def batches(self, columns: list[str], batch_rows: int = 1024) -> Iterator[pa.RecordBatch]:
         """Yield these columns of the rows, in the order of the score table (of the target)."""
         if self.is_target:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from curate.selectors.protocol import Selection
+from curate.selectors.vectors import ArrayVectors
 
 
 @dataclass
@@ -54,6 +55,17 @@ def make_table() -> Callable[..., ArrowTable]:
         return ArrowTable(pa.table(named), batch_rows)
 
     return make
+
+
+@pytest.fixture
+def table(make_table: Callable[..., ArrowTable]) -> ArrowTable:
+    """60 rows of three groups with `points` in four dimensions; 3 has an error, 7 no vector."""
+    draw = np.random.default_rng(5)
+    made = make_table(np.zeros(60), errors=[3], label=pa.array(np.repeat(["b", "a", "c"], 20)))
+    made.points = draw.normal(size=(60, 4)).astype(np.float32)
+    made.points[7] = np.nan
+    made.vectors, made.target = ArrayVectors(made.points), None
+    return made
 
 
 @pytest.fixture

@@ -70,16 +70,6 @@ def test_a_distant_mean_costs_no_precision():
     assert run(far, 50)[0] == plain(far, 50)
 
 
-@pytest.fixture
-def table(make_table):
-    draw = np.random.default_rng(5)
-    made = make_table(np.zeros(60), errors=[3], label=pa.array(np.repeat(["b", "a", "c"], 20)))
-    made.points = draw.normal(size=(60, 4)).astype(np.float32)
-    made.points[7] = np.nan
-    made.vectors, made.target = ArrayVectors(made.points), None
-    return made
-
-
 def test_each_group_follows_its_own_mean(table, kept):
     selection = Herding(by_group="label").select(
         table, Budget("rows", 15), np.random.default_rng(0)

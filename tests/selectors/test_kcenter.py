@@ -152,15 +152,6 @@ def test_few_blocks_are_read_for_a_centre():
 
 
 class TestSelector:
-    @pytest.fixture
-    def table(self, make_table):
-        draw = np.random.default_rng(5)
-        made = make_table(np.zeros(60), errors=[3], label=pa.array(np.repeat(["b", "a", "c"], 20)))
-        made.points = draw.normal(size=(60, 4)).astype(np.float32)
-        made.points[7] = np.nan
-        made.vectors, made.target = ArrayVectors(made.points), None
-        return made
-
     def test_ranks_are_the_order_and_a_smaller_budget_is_a_prefix(self, table, ranked):
         orders = [
             ranked(KCenter().select(table, Budget("rows", k), np.random.default_rng(1))).tolist()
