@@ -225,6 +225,48 @@ def test_a_step_along_a_row_lowers_the_targets_loss_by_its_dot_product() -> None
         assert fall == pytest.approx(dots[row].item(), abs=1e-3)
 
 
+def test_a_full_batch_step_lowers_a_rows_loss_by_its_mean_dot_product() -> None:
+    """TracIn: a step of gradient descent on all n rows takes rate / n sum_z g_z g from a row."""
+    batch, held, rate = rows(9, 1), rows(5, 2), 1e-5
+    each = [held.select_rows([i]) for i in range(5)]
+    dots = torch.stack([scored(GradSimilarity(similarity="dot"), batch, [row]) for row in each])
+    model = network()
+    step = gradients(model, batch).mean(0)
+    before = outputs(model, held).loss.detach()
+    with torch.no_grad():
+        flat = nn.utils.parameters_to_vector(model.parameters()) - rate * step
+        nn.utils.vector_to_parameters(flat, model.parameters())
+        fall = (before - outputs(model, held).loss) / rate
+    # What is left is of second order in the rate, times a curvature of order 1.
+    torch.testing.assert_close(fall, dots.mean(1), rtol=0, atol=1e-3)
+
+
+def test_traks_scores_of_inner_products_are_one_newton_step_of_linear_regression() -> None:
+    """TRAK (Park et al. 2023) on loss (f - y)^2 / 2: what rows move f by adds up to the solution.
+
+    Gradients of the loss are (f - y) times those of f, so inner products give K = <grad f, grad f>
+    and (f - y) K^+ K_x is each row's share.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1).double()
+    x, y = torch.randn(15, 4, dtype=torch.float64), torch.randn(15, dtype=torch.float64)
+
+    def squared(model: nn.Module, batch: Batch) -> Outputs:
+        return Outputs((model(batch.inputs["x"])[:, 0] - batch.targets).square() / 2)
+
+    train, both = Batch({"x": x[:12]}, y[:12], 12), Batch({"x": x}, y, 15)
+    engine = Engine(model, squared, [DOT])
+    engine.directions = mean_gradients(engine, [both.select_rows([i]) for i in range(15)])
+    f = model(x)[:, 0].detach()
+    off = f - y
+    K = engine(train)[DOT] / off[:12, None] / off  # [12, 15]
+    inverse = torch.linalg.pinv(K[:, :12], rtol=1e-10, hermitian=True)
+    shares = off[:12, None] * (inverse @ K[:, 12:])
+    design = nn.functional.pad(x, (0, 1), value=1.0)
+    solved = torch.linalg.lstsq(design[:12], y[:12]).solution
+    torch.testing.assert_close(f[12:] - shares.sum(0), design[12:] @ solved, rtol=1e-9, atol=1e-9)
+
+
 def test_the_same_pass_gives_several_sets_of_parameters_and_all_other_signals() -> None:
     model, batch, group = network(), rows(6, 1), rows(4, 2)
     both = GradSimilarity().needs | GradSimilarity(params="head").needs

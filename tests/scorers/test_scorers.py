@@ -138,6 +138,40 @@ def test_permuting_the_classes_changes_no_score() -> None:
         torch.testing.assert_close(after[name], value)
 
 
+def test_the_bounds_of_el2n_are_reached() -> None:
+    """The lowest with the wrong mass spread evenly, the highest with all of it on one class."""
+    even, one = [1.0, -0.5, -0.5, -0.5], [1.0, -800.0, 0.3, -800.0]  # e^-800 is 0
+    logits = torch.tensor([even, one], dtype=torch.float64)
+    y = torch.zeros(2, dtype=torch.long)
+    found = score("el2n", linear(torch.eye(4, dtype=torch.float64)), logits, y)["el2n"]
+    wrong = 1 - logits.softmax(1)[:, 0]
+    factor = torch.tensor([4 / 3, 2.0], dtype=torch.float64).sqrt()
+    torch.testing.assert_close(found, factor * wrong, rtol=1e-14, atol=0)
+
+
+def test_a_constant_added_to_all_logits_changes_no_score() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randint(5, (9,))
+    names = "loss,el2n,el2n_seq,grand,gwa,entropy,margin,self_influence"
+    before, after = (score(names, linear(weight, bias + c), x, y) for c in (0.0, 37.0))
+    for name, value in before.items():
+        # Logits near 37 hold 14 digits behind the point.
+        torch.testing.assert_close(after[name], value, rtol=1e-12, atol=1e-13, msg=name)
+
+
+def test_alignment_knows_neither_the_scale_of_weights_nor_that_of_features() -> None:
+    """As long as the probabilities stay, which scales that cancel leave as they are."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    y = torch.randint(5, (9,))
+    plain, scaled = (score("gwa,grand", linear(c * weight), x / c, y) for c in (1.0, 8.0))
+    torch.testing.assert_close(scaled["gwa"], plain["gwa"], rtol=1e-9, atol=1e-11)  # 1e-12 is added
+    torch.testing.assert_close(scaled["grand"], plain["grand"] / 8)
+    sharper = score("gwa", linear(8 * weight), x, y)["gwa"]
+    assert (sharper - plain["gwa"]).abs().max() > 0.01
+
+
 def test_self_influence_weighs_checkpoints_by_learning_rate_and_grand_averages_norms() -> None:
     scorers = make_scorers("self_influence,grand")
     squares = {Signal("grad_sq_norm"): torch.tensor([[4.0, 9.0], [16.0, 25.0]]).double()}
