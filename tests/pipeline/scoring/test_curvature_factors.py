@@ -20,7 +20,7 @@ from curate import cli
 from curate.pipeline.models.checkpoint import find_checkpoints, load_model
 from curate.pipeline.reading.corpus import open_corpus
 from curate.pipeline.reporting.verify import verify
-from curate.pipeline.scoring import curvature_factors, signal_pass, target_gradients
+from curate.pipeline.scoring import curvature_factors, target_gradients
 from curate.pipeline.scoring.corpus_sample import evenly_spaced
 from curate.pipeline.scoring.curvature_factors import CurvatureFactors
 from curate.pipeline.scoring.score import score
@@ -168,35 +168,13 @@ def test_one_row_per_group_gives_pairwise_scores(
 
 
 def test_the_scoring_pass_takes_one_forward_and_one_backward_per_batch_and_checkpoint(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, passes_seen: list[tuple[int, int, int]]
 ) -> None:
-    counts: Counter[str] = Counter()
-    grad, call, load = torch.autograd.grad, SignalPass.__call__, signal_pass.load_model
-    seen: list[tuple[int, int, int]] = []
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        counts["backward"] += 1
-        return grad(*arguments, **named)
-
-    def counting(*arguments: Any) -> nn.Module:
-        model = load(*arguments)
-        model.register_forward_pre_hook(lambda *_: counts.update(["forward"]))
-        return model
-
-    def scoring(self: SignalPass, batches: Any, begin: Any) -> Any:
-        counts.clear()
-        out = call(self, batches, begin)
-        seen.append((len(batches), counts["forward"], counts["backward"]))
-        return out
-
-    monkeypatch.setattr(torch.autograd, "grad", counted)
-    monkeypatch.setattr(signal_pass, "load_model", counting)
-    monkeypatch.setattr(SignalPass, "__call__", scoring)
     more = ",el2n,grand,grad_similarity,tracin=influence(curvature=none)"
     asked = settings | {"scorers": settings["scorers"] + more, "unit_rows": 120}
     score(**asked, out=tmp_path / "s")
     batches = -(-120 // 16)
-    assert seen == [(batches, 2 * batches, 2 * batches)]
+    assert passes_seen == [(batches, 2 * batches, 2 * batches)]
 
 
 def test_factors_are_made_once_per_checkpoint_and_shared_between_dampings(

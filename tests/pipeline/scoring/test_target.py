@@ -32,7 +32,6 @@ from curate.pipeline.reporting.verify import verify
 from curate.pipeline.scoring import signal_pass, target_gradients
 from curate.pipeline.scoring.score import score
 from curate.pipeline.scoring.score_table import ScoreTable
-from curate.pipeline.scoring.signal_pass import SignalPass
 from curate.pipeline.scoring.target_gradients import TargetGradients
 from curate.pipeline.tasks.registry import make_task, task_from_description
 from curate.scorers.readouts import TwoSidedSketch
@@ -269,41 +268,18 @@ def test_the_corpus_takes_one_forward_and_one_backward_per_batch_and_checkpoint(
     make_points: Make,
     points_checkpoints: Make,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    passes_seen: list[tuple[int, int, int]],
     more: str,
     backward: int,
 ) -> None:
     """Whatever the scorers, and another of the logits for VoG; the target is run apart."""
-    counts: Counter[str] = Counter()
-    grad, call = torch.autograd.grad, SignalPass.__call__
-    load = signal_pass.load_model
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        counts["backward"] += 1
-        return grad(*arguments, **named)
-
-    def counting(*arguments: Any) -> nn.Module:
-        model = load(*arguments)
-        model.register_forward_pre_hook(lambda *_: counts.update(["forward"]))
-        return model
-
-    def scoring(self: SignalPass, batches: Any, begin: Any) -> Any:
-        counts.clear()
-        out = call(self, batches, begin)
-        seen.append((len(batches), counts["forward"], counts["backward"]))
-        return out
-
-    seen: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(torch.autograd, "grad", counted)
-    monkeypatch.setattr(signal_pass, "load_model", counting)
-    monkeypatch.setattr(SignalPass, "__call__", scoring)
     score(
         make_points([40]), target=make_points([9], name="target"),
         checkpoints=points_checkpoints(steps=(1, 2, 3)), batch_rows=10, progress=False,
         scorers="el2n,grand,self_influence,grad_similarity,dot=grad_similarity(similarity=dot),"
         f"head=grad_similarity(params=head),loss,margin,entropy{more}", out=tmp_path / "s",
     )  # fmt: skip
-    assert seen == [(4, 12, backward)]
+    assert passes_seen == [(4, 12, backward)]
 
 
 def test_the_targets_gradients_are_made_once_per_checkpoint(
