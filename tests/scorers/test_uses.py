@@ -75,7 +75,9 @@ def check(
     assert sorted(param.name for param in use.params.values()) == sorted(
         map(str, range(len(params)))
     )
+    assert parts.keys() == use.params.keys()
     for role, part in parts.items():
+        assert use.parts(g, layout, frozenset({role})).keys() == {role}
         param = params[int(use.params[role].name)]
         found = join("", param.shape, [part], RowMap(S)).materialised(slice(None))
         true = [
@@ -90,12 +92,14 @@ def many(shape: tuple[int, ...], layout: Layout) -> Tensor:
 
 
 class TestConvolutions:
+    @pytest.mark.filterwarnings("ignore:Using padding")
     @pytest.mark.parametrize("layout", [FIRST, FLAT, INTERLEAVED])
     @pytest.mark.parametrize(
         ("settings", "channels", "kernel"),
         [
             ({"stride": 2, "padding": 1}, 2, (3,)),
-            ({"padding": "same", "dilation": 2}, 2, (2, 3)),  # an even side: one end is padded more
+            ({"padding": "same"}, 2, (4,)),  # an even side: one end is padded more
+            ({"padding": "same", "dilation": (1, 2)}, 2, (2, 3)),
             ({"stride": (1, 2), "padding": (2, 0), "groups": 2}, 4, (3, 2)),
             ({"padding": "valid"}, 1, (2, 1, 2)),
         ],
@@ -277,7 +281,14 @@ class TestElementwise:
             assert norm(find, given, a, b, mean, mean, training, 0.1, 1e-5) is None
 
     def test_rows_run_outside_a_parameters_own_axes(self) -> None:
+        """Of three axes: an addition's, a norm's, a product's, a convolution's."""
         use = elementwise_uses.add(lookup(param := p(T, 1, 5)), x(T, S, 5), param)
         assert [use.takes_row_axis(axis, 3) for axis in range(3)] == [False, True, False]
         use = elementwise_uses.layer_norm(lookup(param := p(5)), x(T, S, 5), (5,), param)
         assert [use.takes_row_axis(axis, 3) for axis in range(3)] == [True, True, False]
+        use = product_uses.linear(lookup(param := p(6, 5)), x(T, S, 5), param)
+        assert [use.takes_row_axis(axis, 3) for axis in range(3)] == [True, True, False]
+        use = conv_uses.conv(lookup(param := p(4, 2, 3)), x(S, 2, 5), param)
+        assert [use.takes_row_axis(axis, 3) for axis in range(3)] == [True, False, False]
+        use = conv_uses.conv_transpose(lookup(param := p(2, 4, 3)), x(S, 2, 5), param)
+        assert [use.takes_row_axis(axis, 3) for axis in range(3)] == [True, False, False]
