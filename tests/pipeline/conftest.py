@@ -49,6 +49,35 @@ def object_store(store_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{bucket}"
 
 
+@pytest.fixture(scope="session")
+def make_bert() -> Callable[[Path, list[str], int], str]:
+    """Write a BERT without a head, as sentence encoders ship, and a WordPiece tokenizer trained on
+    some sentences: `make_bert(folder, sentences, vocab_size)` -> folder."""
+
+    def make(folder: Path, sentences: list[str], vocab_size: int) -> str:
+        import torch
+        from tokenizers import BertWordPieceTokenizer
+        from transformers import BertConfig, BertModel, BertTokenizerFast
+
+        trained = BertWordPieceTokenizer()
+        trained.train_from_iterator(sentences, vocab_size=vocab_size, show_progress=False)
+        trained.save_model(str(folder))
+        BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=24,
+        )
+        BertModel(config).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
 MakeSelection = Callable[..., Manifest]
 
 

@@ -55,28 +55,11 @@ def read_all() -> Callable[[Corpus], pa.Table]:
 
 
 @pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A BERT without a head (as sentence encoders ship) and its WordPiece tokenizer."""
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(SENTENCES, vocab_size=120, show_progress=False)
-    trained.save_model(str(folder))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=120,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=24,
-        )
-    ).save_pretrained(folder)
-    return str(folder)
+def bert_folder(
+    tmp_path_factory: pytest.TempPathFactory, make_bert: Callable[[Path, list[str], int], str]
+) -> str:
+    """A BERT without a head whose tokenizer knows the words of the sentences."""
+    return make_bert(tmp_path_factory.mktemp("bert"), SENTENCES, 120)
 
 
 def _bpe(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """A score table over a small corpus with vectors, texts and labels, and a tiny encoder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +93,7 @@ def scores(tmp_path: Path, corpus: str) -> ScoreTable:
 
 
 @pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A BERT without a head, as sentence encoders ship, and its tokenizer."""
-    import torch
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(SENTENCES, vocab_size=80, show_progress=False)
-    trained.save_model(str(folder))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=80,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=24,
-        )
-    ).save_pretrained(folder)
-    return str(folder)
+def encoder_folder(
+    tmp_path_factory: pytest.TempPathFactory, make_bert: Callable[[Path, list[str], int], str]
+) -> str:
+    return make_bert(tmp_path_factory.mktemp("encoder"), SENTENCES, 80)
