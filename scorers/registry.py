@@ -6,7 +6,7 @@ Plug-ins add names through the entry-point group `curate.scorers`.
 import ast
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -96,12 +96,24 @@ def scorer_from_spec(spec: dict[str, Any]) -> "Scorer":
         if key not in known_fields:
             takes = ", ".join(known_fields) or "no parameters"
             raise ValueError(f"scorer {spec['name']!r} has no parameter {key!r}; it takes: {takes}")
+    for absent in (f.name for f in fields(cls) if _is_required(f) and f.name not in spec["params"]):
+        raise ValueError(
+            f"scorer {spec['name']!r} needs {absent}: write {spec['name']}({absent}=VALUE)"
+        )
+    for field in fields(cls):  # numbers are the class's own to check
+        value = spec["params"].get(field.name, "")
+        if field.type is str and not isinstance(value, str):
+            raise ValueError(f"scorer {spec['name']!r}: {field.name} must be a text, not {value!r}")
     scorer: Scorer = cls(**spec["params"])
     return scorer
 
 
 def _plugins() -> dict[str, str]:
     return {e.name: e.value for e in entry_points(group="curate.scorers")}
+
+
+def _is_required(field: "Field[Any]") -> bool:
+    return field.init and field.default is MISSING and field.default_factory is MISSING
 
 
 def _split(text: str) -> list[str]:

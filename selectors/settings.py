@@ -1,6 +1,7 @@
 """Making a dataclass of settings from what a person wrote, with one sentence for what is wrong."""
 
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from beartype import BeartypeConf
@@ -10,8 +11,10 @@ _TOWER = BeartypeConf(is_pep484_tower=True)  # a whole number is a number
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def made(what: str, cls: Any, settings: Mapping[str, Any]) -> Any:
+def made(what: str, cls: Any, settings: Mapping[str, Any], how: str = "--param {}=VALUE") -> Any:
     """Return `cls(**settings)`; `what` names it in errors, such as "method 'ccs'".
+
+    `how` says how a setting is given, where one is missing.
 
     The class says first what is wrong; what it does not look at is checked against its
     annotations, so that no text passes for "true" and no fraction for a count.
@@ -19,6 +22,9 @@ def made(what: str, cls: Any, settings: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a setting is missing, or its value is of another type.
     """
+    if absent := [name for name in _required(cls) if name not in settings]:
+        given = " ".join(how.format(name) for name in absent)
+        raise ValueError(f"{what} needs {' and '.join(absent)}: give {given}")
     try:
         built = cls(**settings)
     except TypeError as problem:
@@ -27,6 +33,15 @@ def made(what: str, cls: Any, settings: Mapping[str, Any]) -> Any:
         raise ValueError(f"{what}: {text.partition('() ')[2] or text}") from None
     _check_types(what, cls, settings)
     return built
+
+
+def _required(cls: Any) -> list[str]:
+    """Return the names of the settings that have no default."""
+    return [
+        f.name
+        for f in fields(cls)
+        if f.init and f.default is MISSING and f.default_factory is MISSING
+    ]
 
 
 def _check_types(what: str, cls: Any, settings: Mapping[str, Any]) -> None:

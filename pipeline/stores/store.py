@@ -53,14 +53,7 @@ def open_store(
     recorded = table.success.get("stores", {})
     files = {_unit_of(file): file for file in sorted(recorded) if file.startswith(lead)}
     if not files:
-        have = sorted({file.split("/")[-2] for file in recorded})
-        there = f"it has: {', '.join(have)}" if have else "it has none"
-        asked = "--sketch 32x32" if name == "sketch" else f"--store {name}"
-        of = "of the target " if target else ""
-        raise ValueError(
-            f"{table.path} has no store {name!r} {of}({there}); make one with `curate score "
-            f"{asked}`"
-        )
+        raise ValueError(_no_store(table, name, target, sorted(recorded)))
     if target:
         plan = {0: table.meta["target"]["rows"]}
     else:
@@ -288,3 +281,19 @@ def _is_there(batch: pa.RecordBatch) -> np.ndarray:
 
 def _unit_of(file: str) -> int:
     return int(file.rpartition("-")[2].partition(".")[0])
+
+
+def _no_store(table: ScoreTable, name: str, target: bool, recorded: list[str]) -> str:
+    """Say what to do about a store that a score table does not have."""
+    asked = "--sketch 32x32" if name == "sketch" else f"--store {name}"
+    if target and table.meta.get("target") is None:
+        return (
+            f"{table.path} was scored without a target, so there is no {name} of one; score again "
+            f"with `curate score --target CORPUS {asked}`"
+        )
+    start = "target/store/" if target else "store/"
+    have = sorted({file.split("/")[-2] for file in recorded if file.startswith(start)})
+    there = f"it has: {', '.join(have)}" if have else "it has none"
+    of = "of the target " if target else ""
+    again = f"--target CORPUS {asked}" if target else asked
+    return f"{table.path} has no store {name!r} {of}({there}); make one with `curate score {again}`"

@@ -38,6 +38,7 @@ def test_any_quoted_pattern_survives_the_request(pattern: str) -> None:
     ("request_", "message"),
     [
         ("el2m", "unknown scorer 'el2m'; choose from: angle_concentration, aum"),
+        ("grand(params=1)", "scorer 'grand': params must be a text, not 1"),
         ("grand(parms=1)", "scorer 'grand' has no parameter 'parms'; it takes: params"),
         ("grand(3)", "cannot read '3' in scorer 'grand(3)'; write field=value"),
         ("el2n,el2n", "scorer 'el2n' is asked for twice"),

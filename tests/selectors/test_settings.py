@@ -30,8 +30,11 @@ def test_a_selector_names_the_setting_of_a_wrong_type(method, settings, says):
 def test_whole_numbers_are_numbers_and_a_missing_setting_is_named():
     assert make_selector("softmax", by="score", tau=1).tau == 1
     assert make_selector("top", by="score", drop_top=3).drop_top == 3
-    with pytest.raises(ValueError, match=r"method 'top': missing 1 required .*'by'"):
+    with pytest.raises(ValueError, match=r"method 'top' needs by: give --param by=VALUE$"):
         make_selector("top")
+    said = r"'gsr' needs label and group: give --param label=VALUE --param group=VALUE$"
+    with pytest.raises(ValueError, match=said):
+        make_selector("gsr")
 
 
 @pytest.mark.parametrize(
