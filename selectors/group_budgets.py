@@ -75,10 +75,12 @@ class GroupBudgets:
                 f"min_shares {self.min_shares} for {len(values)} values of {self.by_group!r} is "
                 f"more than the whole budget; give at most {1 / max(1, len(values)):.3g} to each"
             )
-        wanted = [ceil(share * amount) for share in least]
-        if sum(wanted) > amount:
-            wanted = [floor(share * amount) for share in least]
-        return [min(want, size) for want, size in zip(wanted, sizes, strict=True)]
+        for whole in (ceil, floor):
+            wanted = [whole(share * amount) for share in least]
+            wanted = [min(want, size) for want, size in zip(wanted, sizes, strict=True)]
+            if sum(wanted) <= amount:
+                break
+        return wanted
 
     def _named(
         self, name: str, shares: Mapping[str | int, float], values: list[str]

@@ -17,7 +17,7 @@ class Window(Choice):
     """The budget's rows after `drop_top` from the hard end, or from `offset` in ascending order.
 
     `direction` says which end is hard: "high" (the default) counts down from the highest score.
-    With `offset` the rows are `argsort()[offset : offset + size]`, ascending, which is how the
+    With `offset`, 0 too, the rows are `argsort()[offset : offset + size]`, ascending: how the
     code of "Deep Learning on a Data Diet" (Paul et al. 2021) slides its window. Both are a count
     of rows or a share in [0, 1) of the corpus rows; not both at once. Ties: corpus order. Rank 0
     is the row that the window begins with. A window that reaches past the end is cut there.
@@ -26,20 +26,21 @@ class Window(Choice):
     by: str
     direction: Literal["high", "low"] = "high"
     drop_top: float | int = 0
-    offset: float | int = 0
+    offset: float | int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.direction not in ("high", "low"):
             raise ValueError(f"direction must be high or low, not {self.direction!r}")
-        if self.drop_top and self.offset:
+        if self.drop_top and self.offset is not None:
             raise ValueError(
                 "drop_top counts from the hard end and offset from the lowest score; give one"
             )
 
     def select(self, table: Table, budget: Budget, rng: np.random.Generator) -> Selection:
-        first = "low" if self.offset else self.direction
-        return self.choose(by_score(table, self.by, first), budget, self.offset or self.drop_top)
+        if self.offset is not None:
+            return self.choose(by_score(table, self.by, "low"), budget, self.offset)
+        return self.choose(by_score(table, self.by, self.direction), budget, self.drop_top)
 
 
 def by_score(table: Table, by: str, first: Literal["high", "low"]) -> Ordering:

@@ -53,7 +53,7 @@ def select(
     seed: int = 0,
     overwrite: bool = False,
     drop_top: float | int = 0,
-    offset: float | int = 0,
+    offset: float | int | None = None,
     include_errors: bool = False,
     params: dict[str, Any] | None = None,
     direction: Literal["high", "low"] | None = None,
@@ -92,9 +92,10 @@ def select(
     check_weighting(weight_kind, clip_weights)
     asked = {**(params or {})}
     by = asked.pop("by", None) if by is None else by
-    for name, value in (("drop_top", drop_top), ("offset", offset)):
-        if value:
-            asked[name] = value
+    if drop_top:
+        asked["drop_top"] = drop_top
+    if offset is not None:  # a window from 0 is not a window from the hard end
+        asked["offset"] = offset
     for name, text in (("direction", direction), ("by_group", by_group)):
         if text is not None:
             asked[name] = text
@@ -253,7 +254,7 @@ def _settings(selector: Selector) -> dict[str, Any]:
 def _said_direction(method: str, settings: dict[str, Any]) -> str | None:
     if method in ("top", "bottom"):
         return "high" if method == "top" else "low"
-    if settings.get("offset"):
+    if settings.get("offset") is not None:
         return "low"
     return settings.get("direction") if settings.get("by") else None
 

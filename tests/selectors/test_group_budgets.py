@@ -73,12 +73,11 @@ def test_least_shares_are_kept_and_the_rest_is_the_best_of_all(
     drop = data.draw(st.sampled_from([0, 1])) if n > budget else 0
     order = sorted(range(n), key=lambda i: -scores[i])[drop:]
     sizes = {g: sum(groups[i] == g for i in order) for g in sorted({groups[i] for i in order})}
-    floors = {g: ceil(Fraction(str(share)) * budget) for g in sizes}
+    least = Fraction(str(share)) * budget
+    floors = {g: min(ceil(least), size) for g, size in sizes.items()}
     if sum(floors.values()) > budget:
-        floors = {g: int(Fraction(str(share)) * budget) for g in sizes}
-    expected = least_first(
-        scores, groups, budget, {g: min(f, sizes[g]) for g, f in floors.items()}, drop
-    )
+        floors = {g: min(int(least), size) for g, size in sizes.items()}
+    expected = least_first(scores, groups, budget, floors, drop)
     table = make_table(scores, batch_rows=batch_rows, lang=pa.array(groups))
     selector = make_selector("top", by="score", by_group="lang", min_shares=share, drop_top=drop)
     assert kept(selector.select(table, Budget("rows", budget), rng())).tolist() == expected
@@ -122,6 +121,16 @@ def test_every_method_divides_its_budget_among_groups(make_table, kept, name, pa
     if name not in ("ccs", "window"):  # these drop rows first, so proportions are of what is left
         assert shares() == [16, 6, 2]
         assert shares(group_shares="proportional", min_shares=0.25) == [12, 6, 6]
+
+
+def test_a_least_share_is_rounded_up_where_small_groups_leave_room(make_table, kept):
+    groups = np.repeat(["a", "b", "c", "d"], [30, 8, 1, 1])
+    table = make_table(np.arange(40, 0, -1.0), lang=pa.array(groups))
+    selector = make_selector("top", by="score", by_group="lang", min_shares=0.25)
+    chosen = kept(selector.select(table, Budget("rows", 9), rng()))
+    # 0.25 of 9 rows is 3 for a and b, and c and d have one row each: 8 of 9, so none is rounded
+    # down although 4 x 3 would be more than 9.
+    assert [int((groups[chosen] == g).sum()) for g in "abcd"] == [4, 3, 1, 1]
 
 
 def test_group_budgets_in_tokens(make_table, kept):

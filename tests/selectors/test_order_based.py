@@ -88,9 +88,10 @@ def test_token_budget_takes_rows_until_one_would_exceed_it(make_table, ranked, s
 def test_window_slices_ascending_order_as_data_diet_does(make_table, ranked):
     scores = np.random.default_rng(1).permutation(40).astype(np.float32)
     table = make_table(scores)
-    window = make_selector("window", by="score", offset=5)
-    selection = window.select(table, Budget("rows", 12), rng())
-    assert ranked(selection).tolist() == scores.argsort()[5 : 5 + 12].tolist()
+    for offset in (0, 5):  # a slide begins at 0, which is not the hard end
+        window = make_selector("window", by="score", offset=offset)
+        selection = window.select(table, Budget("rows", 12), rng())
+        assert ranked(selection).tolist() == scores.argsort()[offset : offset + 12].tolist()
 
 
 def test_windows_given_as_shares_are_shares_of_all_rows(make_table, kept):
