@@ -16,11 +16,13 @@ from curate.selectors.inner_products import inner_products, row_sum
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.vectors import (
+    BLOCK_ROWS,
     SMALL_BYTES,
     ArrayVectors,
     UnitVectors,
     Vectors,
     VectorTable,
+    matrix,
     square_norms,
     usable_target,
 )
@@ -36,7 +38,9 @@ class Herding(Divided):
     takes the vectors as they are, `"cosine"` at length 1. `mean_gap`, recorded, is the distance of
     the picks' mean from mu, the largest of all groups. Ranked without groups.
 
-    Time n·D and one pass for each pick; memory some 50 bytes a row.
+    Time n·D and one pass over the vectors for each pick. Memory: some 100 bytes a row, and the
+    vectors once more in float32 where they take no more than 256 MiB; above that they are read
+    again and moved block by block, and nothing of their size is held.
     """
 
     metric: Literal["cosine", "euclidean"] = "euclidean"
@@ -83,8 +87,7 @@ def herd(
         away = np.where(is_open, own + 2 * inner_products(rest, total), np.inf)
         off = slack * np.linalg.norm(total)
         close = np.flatnonzero(away - off <= (away + off).min())
-        exact = own[close] + 2 * (rest.take(close).astype(np.float64) @ total)
-        row = int(close[np.argmin(exact.astype(np.float32))])
+        row = int(close[np.argmin(_exactly(rest, close, own[close], total))])
         if sizes[row] > amount:
             break
         amount -= int(sizes[row])
@@ -97,15 +100,35 @@ def herd(
     return np.array(order, dtype=np.int64), gap
 
 
+def _exactly(
+    rest: "_Moved",
+    rows: Int64[ndarray, " c"],
+    own: Float64[ndarray, " c"],
+    total: Float64[ndarray, " d"],
+) -> Float32[ndarray, " c"]:
+    """Return |z|² + 2 <z, total> of these rows, from float64; of copies there may be very many."""
+    found = np.empty(len(rows), dtype=np.float32)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        wide = rest.take(rows[part]).astype(np.float64)
+        found[part] = own[part] + 2 * np.einsum("nd,d->n", wide, total)
+    return found
+
+
 class _Moved:
-    """Other vectors less their mean, in float32; few are held, others made again when read."""
+    """Other vectors less their mean, in float32; few are held, others made again when read.
+
+    The mean is taken off in two steps of float32, what it is there and what that leaves of it: as
+    near as in float64, and without a wider copy of each block.
+    """
 
     def __init__(self, whole: Vectors, mean: Float64[ndarray, " d"]) -> None:
         self.rows, self.dimension = whole.rows, whole.dimension
-        self._whole, self._mean = whole, mean
+        self._whole, self._mean = whole, mean.astype(np.float32)
+        self._rest = (mean - self._mean).astype(np.float32)
         self._held: Vectors | None = None
         if self.rows * self.dimension * 4 <= SMALL_BYTES:
-            self._held = ArrayVectors(np.concatenate(list(self.blocks())))
+            self._held = ArrayVectors(matrix(self))
 
     def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
         if self._held is not None:
@@ -118,7 +141,9 @@ class _Moved:
         return self._moved(self._whole.take(numbers))
 
     def _moved(self, block: Float32[ndarray, "b d"]) -> Float32[ndarray, "b d"]:
-        return np.asarray(block - self._mean, dtype=np.float32)
+        found = block - self._mean
+        found -= self._rest
+        return np.asarray(found)
 
 
 def mean_of(vectors: Vectors) -> Float64[ndarray, " d"]:

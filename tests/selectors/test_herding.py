@@ -1,5 +1,7 @@
 """Herding against the formula by brute force, its sign, its rate, groups and a target."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -106,3 +108,17 @@ def test_tokens_are_filled_to_the_row_that_would_exceed_them(make_table, kept):
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="metric"):
         Herding(metric="dot")
+
+
+def test_no_wider_copy_of_all_rows_is_made_even_where_all_are_equal(monkeypatch):
+    """Rows that may be the nearest are compared in float64: of copies these are all rows."""
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    points = np.full((40_000, 64), 3, dtype=np.float32)  # 10 MB, 20 MB in float64
+    points[::2, 0] = 1  # two kinds of rows, each half of them, so that all tie at the first pick
+    tracemalloc.start()
+    order, _ = run(points, 4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert order == [0, 1, 2, 3]
+    # Some 100 bytes a row are 4 MB, blocks of 4096 rows 1 and 2 MB.
+    assert peak < 14e6
