@@ -75,8 +75,8 @@ class AdamComparison:
     read: TwoSidedSketch | Projection | None = None
 
     def __call__(self, gradient: Gradient) -> Float[Tensor, "b n"]:
-        rows = _rows(gradient)
-        return torch.cat([self._some(gradient, p) for p in chunks(rows, gradient.shape.numel())])
+        some = chunks(gradient.rows, gradient.shape.numel())
+        return torch.cat([self._some(gradient, rows) for rows in some])
 
     def values(
         self,
@@ -123,12 +123,3 @@ class AdamComparison:
 
     def _direction(self, name: str, like: Tensor) -> Tensor:
         return self.directions[name].to(like.dtype)
-
-
-def _rows(gradient: Gradient) -> int:
-    if gradient.full is not None:
-        return len(gradient.full.grad)
-    if gradient.indexed is not None:
-        return len(gradient.indexed.index)
-    assert gradient.pair is not None, "a gradient without parts"
-    return len(gradient.pair.right)

@@ -43,7 +43,7 @@ class DiagonalCurvature:
             return each.new_zeros(len(indexed.index)).index_add_(0, row, each)
         found = [
             (gradient.materialised(rows).square_() * weight).flatten(1).sum(1)
-            for rows in chunks(_rows(gradient), gradient.shape.numel())
+            for rows in chunks(gradient.rows, gradient.shape.numel())
         ]
         return torch.cat(found)
 
@@ -74,9 +74,7 @@ def squares(gradient: Gradient) -> Float[Tensor, "1 r c"]:
     if gradient.indexed is not None and gradient.pair is None and gradient.full is None:
         _, entry, g = looked_up(gradient.indexed)
         return g.new_zeros(r, c).index_add_(0, entry, g.square())[None]
-    found = [
-        gradient.materialised(rows).square_().sum(0) for rows in chunks(_rows(gradient), r * c)
-    ]
+    found = [gradient.materialised(rows).square_().sum(0) for rows in chunks(gradient.rows, r * c)]
     return torch.stack(found).sum(0)[None]
 
 
@@ -90,12 +88,3 @@ def looked_up(
     right = accumulable(indexed.right).flatten(0, 1)
     g = right.new_zeros(len(where), right.shape[1]).index_add_(0, place.flatten(), right)
     return where // most, where % most, g
-
-
-def _rows(gradient: Gradient) -> int:
-    if gradient.full is not None:
-        return len(gradient.full.grad)
-    if gradient.indexed is not None:
-        return len(gradient.indexed.index)
-    assert gradient.pair is not None, "a gradient without parts"
-    return len(gradient.pair.right)

@@ -134,6 +134,16 @@ class Gradient:
     full: Full | None = None
 
     @property
+    def rows(self) -> int:
+        """How many rows it is of."""
+        if self.full is not None:
+            return len(self.full.grad)
+        if self.indexed is not None:
+            return len(self.indexed.index)
+        assert self.pair is not None, "a gradient without parts"
+        return len(self.pair.right)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """The parameter as a matrix: axis 0 against all others (a vector is one row)."""
         if len(self.shape) < 2:

@@ -56,7 +56,7 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
     """Return the squared norm; cross terms between the uses included."""
     pair, indexed, full = gradient.pair, gradient.indexed, gradient.full
     if full is not None and (pair is not None or indexed is not None):
-        return _sq_norm_materialised(gradient, len(full.grad))
+        return _sq_norm_materialised(gradient)
     if full is not None:
         grad = accumulable(full.grad).reshape(-1, *gradient.matrix_shape)
         return inner(grad, grad)
@@ -81,9 +81,9 @@ def sq_norm(gradient: Gradient) -> Float[Tensor, " b"]:
     return total
 
 
-def _sq_norm_materialised(gradient: Gradient, rows: int) -> Tensor:
+def _sq_norm_materialised(gradient: Gradient) -> Tensor:
     squares = []
-    for part in chunks(rows, gradient.shape.numel()):
+    for part in chunks(gradient.rows, gradient.shape.numel()):
         grad = gradient.materialised(part)
         squares.append(inner(grad, grad))
     return torch.cat(squares)
