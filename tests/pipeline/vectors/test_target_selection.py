@@ -39,6 +39,7 @@ CASES = {
     "gsr": {"label": "label", "group": "place", "steps": 3},
     "glister": {"rounds": 4},
     "greedy_alignment": {},
+    "gradmatch": {"by_group": "label", "target_group": "label"},
 }
 
 
@@ -48,7 +49,7 @@ CASES = {
 )
 def test_the_same_command_writes_the_same_bytes(scores, target, tmp_path, method):
     asked = {
-        "budget": 0.5 if method in ("glister", "greedy_alignment") else 1.0,
+        "budget": 0.5 if method in ("glister", "greedy_alignment", "gradmatch") else 1.0,
         "vectors": "column:fixed",
         "target_vectors": "column:lists",
         "target": target,
