@@ -133,7 +133,9 @@ def read_success(folder: Folder) -> dict[str, Any]:
 
 
 def verify_export(path: str | Path) -> list[str]:
-    """Return what is wrong with a finished export, a sentence each: every digest is recomputed.
+    """Return what is wrong with a finished export, a sentence each.
+
+    Every digest is recomputed, and no file may be there that the export did not write.
 
     Raises:
         ValueError: there is no finished export.
@@ -141,7 +143,8 @@ def verify_export(path: str | Path) -> list[str]:
     folder = Folder(os.fspath(path))
     if not folder.exists(SUCCESS):
         raise ValueError(f"{path} holds no finished export; run `curate export` again")
-    return _problems(folder, read_success(folder)["files"])
+    recorded = read_success(folder)["files"]
+    return _problems(folder, recorded) + _strangers(folder, recorded)
 
 
 def clear(folder: Folder) -> None:
@@ -263,6 +266,28 @@ def _problems(folder: Folder, digests: dict[str, str]) -> list[str]:
         elif hashlib.sha256(folder.read(name)).hexdigest() != digest:
             found.append(f"{folder.full_name(name)} was changed after it was written")
     return found
+
+
+def _strangers(folder: Folder, recorded: dict[str, str]) -> list[str]:
+    """Return a sentence for each file that the export did not write; a reader may take it for data.
+
+    Hidden files and folders are left out, as readers leave them out.
+    """
+    known, waiting, found = {*recorded, SUCCESS}, [""], []
+    while waiting:
+        prefix = waiting.pop()
+        names = folder.names(prefix)
+        waiting += [f"{n}/" for n in folder.folders(prefix) if not _is_hidden(n)]
+        found += [n for n in names if n not in known and not _is_hidden(n)]
+    return [
+        f"{folder.full_name(name)} is not of this export, and a reader would take it for a part; "
+        "remove it"
+        for name in sorted(found)
+    ]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
 
 
 def _finished(folder: Folder, success: dict[str, Any]) -> Exported:

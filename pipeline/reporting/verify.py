@@ -61,8 +61,8 @@ def verify(path: str | Path) -> dict[str, Any]:
 
     Score table: each part against the recorded digest, its receipt and row count, stores and their
     indexes, the corpus by sha256 where that was recorded, the checkpoints. Manifest: its parts and
-    the corpus. Export: its files. Run: all of them but exports. Checkpoints and corpora: that every
-    file can be read whole.
+    the corpus. Export: its files, and that there are no others. Run: all of them but exports.
+    Checkpoints and corpora: that every file can be read whole.
 
     Raises:
         ValueError: there is nothing at `path` to verify.

@@ -300,6 +300,7 @@ def test_an_export_refused_before_its_first_file_leaves_the_folder_free(
     monkeypatch.setattr(module, "export_unit", refusing)
     with pytest.raises(ValueError, match="does not fit"):
         export(make_selection(), "parquet", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     monkeypatch.setattr(module, "export_unit", original)
     assert export(make_selection(), "jsonl", tmp_path / "out", columns=PLAIN).to == "jsonl"
 
@@ -313,6 +314,18 @@ def test_damage_is_found(make_selection, tmp_path):
     assert len(problems) == 2
     assert "part-00001.parquet was changed" in problems[0]
     assert "part-00002.parquet is missing" in problems[1]
+
+
+def test_a_file_that_the_export_did_not_write_is_found(make_selection, tmp_path):
+    out = tmp_path / "out"
+    export(make_selection("repeat"), "mds", out, repeats="streams", unit_rows=60)
+    (out / ".hidden").touch()  # readers skip it
+    assert not verify_export(out)
+    strangers = [out / "part-00009.parquet", out / "repeat-00002" / "shard.00009.mds"]
+    for path in strangers:
+        path.write_bytes(b"one part too many")
+    problems = verify_export(out)
+    assert [p.split(" is not of this export")[0] for p in problems] == [str(p) for p in strangers]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}'])
