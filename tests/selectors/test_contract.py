@@ -135,7 +135,7 @@ def test_tokens_above_what_groups_with_a_share_hold_are_refused(name, make_table
     label = table.data["label"].to_numpy()
     counted = make_table(np.ones(95), label=table.data["label"], tokens=pa.array([2] * 95))
     counted.vectors, counted.target = table.vectors, None
-    selector = make_selector(name, by_group="label", group_shares={"1": 1})
+    selector = make_selector(name, by_group="label", group_shares={"1": 1.0})
     held = 2 * int((label == 1).sum())
     said = f"{held + 1} tokens is more than the {held} tokens"
     with pytest.raises(ValueError, match=said):
