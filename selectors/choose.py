@@ -22,8 +22,9 @@ from curate.selectors.budget import (
     need_tokens,
     share_of_rows,
 )
+from curate.selectors.by_group import ByGroup
 from curate.selectors.cut import find_cuts
-from curate.selectors.group_budgets import GroupBudgets, MinShares, Shares, check_shares
+from curate.selectors.group_budgets import GroupBudgets
 from curate.selectors.ordering import Candidates, Exclusion, First, Ordering
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.ranks import with_ranks
@@ -38,7 +39,7 @@ Weigh = Callable[[First, float], Weights | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Choice(ByGroup):
     """Settings that all score-based selectors have.
 
     `include_errors`: rows that could not be scored may be chosen, after all that could.
@@ -56,26 +57,6 @@ class Choice:
     include_errors: bool = False
     ranked: bool = True
     carry: tuple[str, ...] = ()
-    by_group: str | None = None
-    group_shares: Shares | None = None
-    min_shares: MinShares | None = None
-
-    def __post_init__(self) -> None:
-        check_shares("group_shares", self.group_shares, self.min_shares)
-        if self.by_group is None and not (self.group_shares is None and self.min_shares is None):
-            raise ValueError("group_shares and min_shares need a column of groups, by_group=COLUMN")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        named = (getattr(self, "by", None), self.by_group)
-        return frozenset(name for name in named if name is not None)
-
-    @property
-    def budgets(self) -> GroupBudgets | None:
-        """A fresh division of budgets among the groups, None where there are none."""
-        if self.by_group is None:
-            return None
-        return GroupBudgets(self.by_group, self.group_shares or "proportional", self.min_shares)
 
     def choose(
         self,

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from curate.selectors.budget import budget_rows, check_tokens, need_tokens
-from curate.selectors.group_budgets import GroupBudgets, MinShares, Shares, check_shares
+from curate.selectors.by_group import ByGroup
 from curate.selectors.picks import Candidates, candidates
 from curate.selectors.protocol import Budget, Table
 from curate.selectors.vectors import ArrayVectors, Vectors, part_of
@@ -38,27 +38,13 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divided:
+class Divided(ByGroup):
     """Settings of methods that choose in each group by itself.
 
     Without `by_group` all rows are one group. With it the budget is divided as `GroupBudgets`
     says: in proportion to the rows that may be chosen, or by `group_shares`, none below its
     `min_shares`.
     """
-
-    by_group: str | None = None
-    group_shares: Shares | None = None
-    min_shares: MinShares | None = None
-
-    def __post_init__(self) -> None:
-        check_shares("group_shares", self.group_shares, self.min_shares)
-        if self.by_group is None and not (self.group_shares is None and self.min_shares is None):
-            raise ValueError("group_shares and min_shares need a column of groups, by_group=COLUMN")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        named = (getattr(self, "by", None), self.by_group)
-        return frozenset(name for name in named if name is not None)
 
     def parts(self, table: Table, budget: Budget) -> Iterator[Part]:
         """Yield each group that gets something, in the order of their first rows.
@@ -97,9 +83,8 @@ class Divided:
                 log.warning(
                     "the budget is %d rows, only %d can be chosen: all are kept", amount, supply
                 )
-        if self.by_group is None:
+        if (shares := self.budgets) is None:
             return np.minimum(totals, amount)
-        shares = GroupBudgets(self.by_group, self.group_shares or "proportional", self.min_shares)
         names = pa.record_batch([pa.array(found.groups, pa.string())], [self.by_group])
         shares.numbers.of(names)  # numbered as the candidates are
         divided = shares.divide(totals, amount)
