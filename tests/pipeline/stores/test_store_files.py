@@ -81,6 +81,7 @@ def test_a_kill_between_stores_and_part_changes_no_byte(
     assert "store/sketch/unit-00000.arrow" in left and "part-00000.parquet" not in left
     assert status(points.out / "killed")["scores"][0]["stores"] == ["embedding", "probs", "sketch"]
     scratch = Path(points.out, "killed/.tmp", f"x~{_owner()}~{2**22 + 1}~0~0")  # of a dead writer
+    scratch.parent.mkdir(exist_ok=True)
     scratch.write_bytes(b"half a file")
     inode = (points.out / "killed/store/sketch/unit-00000.arrow").stat().st_ino
     points.score("killed", **SETTINGS, target=point_target)

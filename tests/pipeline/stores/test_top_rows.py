@@ -106,14 +106,17 @@ def test_among_what_a_rough_sketch_retrieves_exact_values_decide(
         ]
 
 
-@pytest.mark.parametrize("limit", ["TARGET_BYTES", "BATCH_BYTES"])
+@pytest.mark.parametrize(
+    "limit",
+    ["top_rows_exact.TARGET_BYTES", "top_rows_exact.BATCH_BYTES", "signal_pass.RESIDENT_BYTES"],
+)
 def test_portions_change_nothing(
     points: Any, point_target: str, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    """Two target rows at a time; or two rows to a batch, against two of the target at once."""
+    """Two target rows at a time; or two rows to a batch; or one model for all checkpoints."""
     whole = points.score("whole", sketch="4x4", target=point_target, top_rows=N)
     width = sum(p.numel() for p in points.models()[0].parameters())
-    monkeypatch.setattr(f"curate.pipeline.scoring.top_rows_exact.{limit}", 8 * width + 4)
+    monkeypatch.setattr(f"curate.pipeline.scoring.{limit}", 8 * width + 4)
     monkeypatch.setattr("curate.pipeline.stores.top_rows.QUERY_BYTES", 8 * 100)
     monkeypatch.setattr("curate.pipeline.stores.store.BLOCK_BYTES", 4000)
     parts = points.score("parts", sketch="4x4", target=point_target, top_rows=N)
