@@ -58,6 +58,8 @@ class Plan:
     trusted: set[str] = field(default_factory=set)
     """Modules through which the probe has found parameters right."""
     head: HeadPlan | None = None
+    is_slower: bool = False
+    """Whether a parameter was sent to a path that is not its best, which is said once."""
 
     @property
     def sees_head(self) -> bool:
@@ -91,7 +93,10 @@ class Plan:
             old = paths.pop(0)
             if not paths:
                 paths.append(WHOLE)
-            log.info("%s: %s (%s); now %s", name, reason, old, paths[0])
+            log.debug("%s: %s (%s); now %s", name, reason, old, paths[0])
+            if not self.is_slower:  # an adapter has hundreds of parameters for one reason
+                log.info("some gradients go a slower way, exact too, such as %s; -v says why", name)
+            self.is_slower = True
 
     def seen_for_the_first_time(self, names: Collection[str]) -> None:
         """Give parameters that the probe held for unused a path of their own."""

@@ -321,7 +321,7 @@ def test_a_file_that_the_export_did_not_write_is_found(make_selection, tmp_path)
     export(make_selection("repeat"), "mds", out, repeats="streams", unit_rows=60)
     (out / ".hidden").touch()  # readers skip it
     assert not verify_export(out)
-    strangers = [out / "part-00009.parquet", out / "repeat-00002" / "shard.00009.mds"]
+    strangers = [out / "part-00009.parquet", out / "repeat-00002" / "shard.00099.mds"]
     for path in strangers:
         path.write_bytes(b"one part too many")
     problems = verify_export(out)
