@@ -142,6 +142,8 @@ class Census:
         Means over all random selections and, as `random_sd`, their standard deviation from one to
         the next (sampling without replacement). Of a budget in tokens a random selection is one
         of as many tokens; its deviations are those of a selection of as many rows as it has.
+        The mean score is of the rows that have one, however many are drawn: its deviation is that
+        of a ratio, to first order.
         """
         able = self.able.rows
         share = self.kept.rows / max(1, able)
@@ -162,14 +164,14 @@ class Census:
         if "tokens" in self.columns:
             found["tokens"] = {"of": self.all.tokens, "kept": self.kept.tokens}
         if self.by is not None and self.kept.mean is not None:
-            variance = self.able.deviations / max(1, self.able.scored)
             found["score"] = {
                 "column": self.by,
                 "kept_mean": self.kept.mean,
                 "kept_lowest": self.kept.lowest,
                 "kept_highest": self.kept.highest,
                 "random_mean": self.able.mean,
-                "random_sd": (variance * max(0.0, spread) / (able * share**2)) ** 0.5,
+                "random_sd": (self.able.deviations * max(0.0, spread)) ** 0.5
+                / (share * max(1, self.able.scored)),
             }
             if self._weights:
                 found["score"]["kept_weighted_mean"] = self._weighted / self._weights
