@@ -9,7 +9,7 @@ import torch
 
 from curate.pipeline.scoring import score as module
 from curate.pipeline.scoring.score import score
-from curate.pipeline.scoring.score_setup import threads_for
+from curate.pipeline.scoring.score_setup import Setup, threads_for
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.scoring.work import Work
 
@@ -51,7 +51,7 @@ def test_threads_are_no_part_of_a_run(
     run = module._run
     monkeypatch.setattr(module, "parameter_count", lambda work: LARGE)
 
-    def noted(setup: module.Setup, *rest: object) -> None:
+    def noted(setup: Setup, *rest: object) -> None:
         work: Work = setup.work
         used.append(work.threads)
         run(setup, *rest)  # type: ignore[arg-type]
