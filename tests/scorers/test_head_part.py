@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curate.kernels.cross_entropy import gathering, token_statistics
 from curate.kernels.linear_head import HeadWants
 from curate.scorers import head_part, head_uses
 from curate.scorers.head_part import HeadPart
@@ -158,6 +159,20 @@ def test_one_state_a_row() -> None:
     (part, _) = use.parts(case.seeds[:, 0], LAYOUT, frozenset(use.params)).values()
     true = case.at_logits[:, 0].norm(dim=1) * case.hidden.norm(dim=1)
     torch.testing.assert_close(part.sq_norm(), true.square(), **EXACT)
+
+
+def test_what_the_prediction_says_is_kept_where_the_targets_are(case) -> None:
+    with gathering() as gathered:
+        case.use(HeadWants(statistics=True))
+    logits = case.hidden @ case.weight.T + case.bias
+    true = token_statistics(logits, case.targets)
+    assert gathered.head is not None
+    for kept in (gathered.head, gathered.statistics(case.hidden)):
+        for found, expected in zip(kept, true, strict=True):
+            torch.testing.assert_close(found, expected.to(found.dtype), **EXACT)
+    with gathering() as gathered:
+        case.use(HeadWants())  # not asked for
+    assert gathered.head is None
 
 
 def test_long_rows_make_no_gram_matrix() -> None:
