@@ -112,5 +112,7 @@ def _refined(lower: Tally, open_bins: Int64[ndarray, " b"], bins: Totals, rest: 
         at = int(np.searchsorted(sizes, rest[group], side="right"))
         key[group] = (int(bins[group]) & 0xFFFF) << 16 | int(lower.codes[low + at]) & 0xFFFF
         ties[group] = rest[group] - (sizes[at] - lower.sums[0][low + at])
-        tied[group] = lower.sums[1][low + at] if ties[group] > 0 else 0
+        met = lower.sums[1][low + at]
+        # One row that is too long for what is left of a token budget meets no other.
+        tied[group] = met if ties[group] > 0 and met > 1 else 0
     return First(key, ties, tied)

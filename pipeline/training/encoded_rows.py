@@ -20,20 +20,29 @@ from curate.scorers.protocol import Batch
 HELD_BYTES = 1 << 30
 """A source whose encoded and collated rows take no more is encoded once and held in memory."""
 CHUNK_ROWS = 1024
+SAID = 5
+"""Bad rows that are named while training goes on; their number is said when it ends."""
 
 log = logging.getLogger("curate.train")
 
 
 @dataclass
 class BadRows:
-    """Rows that training leaves out, by (shard, row), each with the reason."""
+    """Rows that training leaves out, by (shard, row), each with the reason.
 
+    The first `said` are named as they are found.
+    """
+
+    said: int = SAID
     reasons: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def add(self, shard: int, row: int, reason: str) -> None:
         if (shard, row) not in self.reasons:
             self.reasons[shard, row] = reason
-            log.warning("row %d of shard %d is left out: %s", row, shard, reason)
+            level = logging.WARNING if len(self.reasons) <= self.said else logging.DEBUG
+            log.log(level, "row %d of shard %d is left out: %s", row, shard, reason)
+            if len(self.reasons) == self.said + 1 > 1:
+                log.warning("more rows are left out; -v names them all")
 
     def first(self) -> str:
         """Say what is wrong with one of them."""
@@ -173,7 +182,7 @@ def trainable_rows(
 def _fit_in_memory(source: RowSource, task: Task) -> bool:
     """Judge by the first thousand rows; one of them all bad counts as no."""
     positions = np.arange(min(CHUNK_ROWS, len(source)))
-    table, _ = encode(task, source.take(positions), BadRows())
+    table, _ = encode(task, source.take(positions), BadRows(said=0))
     if table is None:
         return False
     # Collating turns bytes into float32: up to four times as much again.

@@ -301,7 +301,7 @@ def _step_flops(settings: TrainSettings, task: Task) -> float:
         ValueError: no row of the first thousand can be used, or the model does not read them.
     """
     columns = task.columns(settings.corpus.schema).all
-    source, bad = RowSource.of_corpus(settings.corpus, columns), BadRows()
+    source, bad = RowSource.of_corpus(settings.corpus, columns), BadRows(said=0)
     first = source.take(np.arange(min(CHUNK_ROWS, len(source))))
     encoded, _ = encode(task, first.slice(0, 4), bad)
     if encoded is None:

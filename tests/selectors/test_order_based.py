@@ -121,6 +121,9 @@ def test_ties_at_the_cut_are_recorded(make_table):
     ties = {b: top.select(table, Budget("rows", b), rng()).params["ties"] for b in (1, 2, 4, 5)}
     assert {b: t["at_cut"] for b, t in ties.items()} == {1: 0, 2: 3, 4: 0, 5: 0}
     assert ties[1]["rule"] == "row order"
+    # A row that is too long for the tokens that are left ties with none.
+    long = make_table([5, 4, 3], tokens=pa.array([4, 4, 4], pa.int32()))
+    assert top.select(long, Budget("tokens", 6), rng()).params["ties"]["at_cut"] == 0
 
 
 def test_rows_with_errors_come_last_when_included(make_table, ranked):

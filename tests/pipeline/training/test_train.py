@@ -470,6 +470,18 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, caplog):
     assert "2 rows were left out of training; the first: row 17 of shard 0" in caplog.text
 
 
+def test_of_many_bad_rows_a_few_are_named_and_all_counted(tmp_path, caplog):
+    labels = load_digits().target[:120].tolist()
+    labels[10:100:10] = [None] * 9
+    path = write_digits(tmp_path / "c.parquet", range(120), pa.array(labels))
+    with caplog.at_level("INFO", logger="curate"):
+        train(path, **QUICK, out=tmp_path / "run")
+    named = [r.getMessage() for r in caplog.records if "is left out: " in r.getMessage()]
+    assert [m.split(" of ")[0] for m in named] == [f"row {i}" for i in (10, 20, 30, 40, 50)]
+    assert caplog.text.count("more rows are left out; -v names them all") == 1
+    assert "9 rows were left out of training; the first: row 10 of shard 0" in caplog.text
+
+
 def test_bad_rows_found_in_a_stream_are_the_same(tmp_path, monkeypatch):
     labels = load_digits().target[:120].tolist()
     labels[17] = None
