@@ -174,6 +174,8 @@ class TestPlan:
 
         plan = planned(Odd(), forward)
         assert plan.path("idle.weight").kind == "unused" and plan.counts["idle.weight"] == 0
+        ways = [Path("vmap", ""), Path("rows", ""), WHOLE]  # should it be used after all
+        assert plan.choices["idle.weight"][1:] == plan.choices["scale"] == ways
         assert plan.path("scale") == Path("vmap", "")
         assert plan.leaf_axes[""] == CallAxes((0,), (0,))
 
