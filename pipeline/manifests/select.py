@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.pipeline.manifests.census import CODE, Census, attached
-from curate.pipeline.manifests.claim import writing
+from curate.pipeline.manifests.claim import make_free, writing
 from curate.pipeline.manifests.grouping import Grouping
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
@@ -364,7 +364,7 @@ def _carried(table: Table, by: str | None, group: str | None) -> tuple[str, ...]
 
 
 def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifest | None:
-    """Return the manifest of an equal request, or make the folder free for a new one.
+    """Return the manifest of an equal request, None where a new one may be written.
 
     Raises:
         ValueError: it holds something else and may not be overwritten.
@@ -388,8 +388,6 @@ def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifes
         raise ValueError(
             f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
         )
-    for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
-        folder.delete(name)
     return None
 
 
@@ -419,7 +417,6 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def _write(request: Request, folder: Folder) -> Manifest:
-    folder.clean_tmp()
     by_tokens = request.budget.kind == "tokens"
     include_errors = bool(getattr(request.selector, "include_errors", False))
     census = Census(request.table, request.by, request.group, by_tokens, include_errors)
@@ -427,6 +424,7 @@ def _write(request: Request, folder: Folder) -> Manifest:
     selection = request.selector.select(census, request.budget, rng)
     made = str(selection.params.get("weight_kind", "none"))
     asked = request.content["selection"]["params"]
+    make_free(folder)  # not before: what is refused above leaves an older manifest as it was
     with writing(folder):
         with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:
             batches = _with_columns(selection, census, request)

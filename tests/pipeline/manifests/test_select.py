@@ -193,6 +193,15 @@ def test_the_same_request_is_found_and_another_is_refused(scores, tmp_path):
     assert len(select(scores, budget=9, out=out, overwrite=True)) == 9
 
 
+def test_a_refusal_leaves_the_manifest_that_was_to_be_overwritten(scores, tmp_path):
+    out = tmp_path / "m"
+    select(scores, budget=0.5, out=out)
+    files = {p.name: p.read_bytes() for p in out.glob("*.[jp]*")}
+    with pytest.raises(ValueError, match="token"):
+        select(scores, budget="1e15tok", out=out, overwrite=True)
+    assert files == {p.name: p.read_bytes() for p in out.glob("*.[jp]*")}
+
+
 def test_equal_requests_write_equal_bytes(scores, tmp_path):
     for name in ("a", "b"):
         select(scores, budget=0.5, method="random", seed=3, out=tmp_path / name)
