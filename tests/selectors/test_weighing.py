@@ -51,7 +51,7 @@ class Given(Weighing):
         return frozenset()
 
 
-WEIGHTS = np.arange(float(N)) / 10
+WEIGHTS = np.arange(float(N)) / 100
 WEIGHTS[[0, 1, 2]] = NAN  # 3 and 5 have some, 5 has an error
 
 
