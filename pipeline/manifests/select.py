@@ -101,6 +101,8 @@ def select(
             asked[name] = text
     if include_errors:
         asked["include_errors"] = True
+    if vectors == "probs" and {"label", "classes"} <= {*selector_fields(method), *asked}:
+        asked = _classes(table, asked["label"]) | asked
     wish = _wish(schedule, seed, epochs, schedule_params)
     written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
     written["scheduled"] = None if wish is None else wish.content()
@@ -158,6 +160,14 @@ def _wish(
     if epochs is not None or params:
         raise ValueError("epochs and parameters of a schedule need its rule: --schedule RULE")
     return None
+
+
+def _classes(table: ScoreTable, label: object) -> dict[str, Any]:
+    """Return the classes in the order of stored probabilities, where `label` is what was learnt."""
+    task = table.meta.get("task") or {}
+    known = task.get("classes")
+    is_learnt = known is not None and label == (task.get("columns") or {}).get("label")
+    return {"classes": known} if is_learnt else {}
 
 
 def _need_groups(table: ScoreTable, wish: Wish | None) -> None:

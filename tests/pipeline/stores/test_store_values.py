@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from curate.pipeline.manifests.select import select
 from curate.pipeline.models.checkpoint import find_checkpoints
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.stores.store import Store, open_store
@@ -138,6 +139,22 @@ def test_tiny_probabilities_keep_their_digits(points: Any, tmp_path: Any) -> Non
     want = torch.tensor([0.0, -60.0, 20.0], dtype=torch.float64).softmax(0).numpy()
     assert want[1] < 1e-34
     np.testing.assert_allclose(got[0], want, rtol=1e-5)
+
+
+def test_labels_are_weighed_by_stored_probabilities_of_all_seeds(points: Any) -> None:
+    """RENT by hand; nobody has to say the classes, which the task knows."""
+    table = points.score(store="probs")
+    params = {"label": "label", "noise": 0.3}
+    made = select(table, method="rent", vectors="probs", budget=1.0, params=params,
+                  out=points.out / "rent")  # fmt: skip
+    with torch.no_grad():
+        ends = [points.models()[place](points.x).double().softmax(1) for place in (1, 3)]
+    probs = torch.stack(ends).mean(0).numpy()
+    own = probs[np.arange(60), points.y.numpy()]
+    weights = own / (0.7 * own + 0.15 * (1 - own))  # three classes
+    # Stored probabilities and weights are float32.
+    got = np.concatenate([b["weight"].to_numpy() for b in made.batches(["weight"])])
+    np.testing.assert_allclose(got / got.sum(), weights / weights.sum(), rtol=1e-5)
 
 
 def test_batches_and_units_change_nothing_beyond_rounding(points: Any) -> None:
