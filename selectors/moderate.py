@@ -21,11 +21,12 @@ class Moderate(Choice):
     """The rows closest to the median of `by`.
 
     Xia et al. 2023 ("Moderate coreset"), with the score in the place of their distance to the
-    class centre. `closest="rank"`, as their code: the middle of the order, of m rows the k from
-    place (m - k) // 2, equal scores in corpus order. `closest="value"`: the smallest
-    |score - median|, the median of an even number being the mean of the middle two. With
-    `by_group` every group has a median of its own (their code sorts all classes together, which
-    keeps no class balance). No ranks with "rank"; with "value" rank 0 is nearest.
+    class centre (which `moderate_center` takes). `closest="rank"`, as their code: the middle of
+    the order, of m rows the k from place (m - k) // 2, equal scores in corpus order.
+    `closest="value"`: the smallest |score - median|, the median of an even number being the mean
+    of the middle two. With `by_group` every group has a median of its own (their code sorts all
+    classes together, which keeps no class balance). No ranks with "rank"; with "value" rank 0 is
+    nearest.
     """
 
     by: str

@@ -35,6 +35,7 @@ SELECTORS = {
     "kmm": "curate.selectors.kmm:Kmm",
     "leverage": "curate.selectors.leverage:Leverage",
     "moderate": "curate.selectors.moderate:Moderate",
+    "moderate_center": "curate.selectors.moderate_center:ModerateCenter",
     "pa_da": "curate.selectors.pa_da:PaDa",
     "propagate": "curate.selectors.propagate:Propagate",
     "random": "curate.selectors.random:Random",
