@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
+from curate.selectors.farthest import EQUAL
 from curate.selectors.vectors import Vectors, square_norms
 
 BATCH = 32  # stale gains computed at once
@@ -78,8 +79,8 @@ def represent(
 def distances_from(vectors: Vectors) -> Columns:
     """Return the function from rows to the Euclidean distances of all rows from them.
 
-    Computed in float64 as the root of a² + b² - 2ab: near 0 to about 1e-8 of the norms. Held where
-    all take no more than HELD_BYTES.
+    Computed in float64 as the root of a² + b² - 2ab, and 0 below 1e-7 of the row's length, where
+    rounding would tell copies apart. Held where all take no more than HELD_BYTES.
     """
     squares = square_norms(vectors)
     n = vectors.rows
@@ -93,7 +94,7 @@ def distances_from(vectors: Vectors) -> Columns:
             products *= -2
             products += squares[rows, None]
             products += squares[at : at + len(block)]
-            np.maximum(products, 0, out=products)
+            products[products <= EQUAL * squares[rows, None]] = 0
             np.sqrt(products, out=found[:, at : at + len(block)])
             at += len(block)
         return found

@@ -83,6 +83,20 @@ def test_copies_are_counted_by_one_of_them_and_a_pick_counts_itself():
     assert sorted(picks.tolist()) == [0, 1, 2, 3, 4] and counts.tolist() == [1] * 5
 
 
+@pytest.mark.parametrize("held_bytes", [0, craig_search.HELD_BYTES])
+def test_copies_save_nothing_whatever_rounding_says_of_their_distance(monkeypatch, held_bytes):
+    monkeypatch.setattr(craig_search, "HELD_BYTES", held_bytes)
+    for seed in range(4):
+        draw = np.random.default_rng(seed)
+        of = draw.permutation(np.concatenate([np.arange(60), draw.integers(0, 60, 240)]))
+        picks, counts = run((3 * draw.normal(size=(60, 37)) + 5)[of], 90)
+        assert sorted(of[picks[:60]].tolist()) == list(range(60))
+        others = np.setdiff1d(np.arange(300), picks[:60])
+        assert picks[60:].tolist() == others[:30].tolist()  # in the order of the table
+        left = np.bincount(of, minlength=60) - np.bincount(of[others[:30]], minlength=60)
+        assert counts.tolist() == [*left[of[picks[:60]]].tolist(), *[1] * 30]
+
+
 def test_order_of_rows_only_moves_the_picks():
     points = np.random.default_rng(2).normal(size=(40, 3))
     shuffle = np.random.default_rng(3).permutation(40)
