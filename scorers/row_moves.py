@@ -22,10 +22,11 @@ _ROUTES = {
 }  # fmt: skip
 _REORDERS = {
     torch.sort, _T.sort, torch.argsort, _T.argsort, torch.topk, _T.topk, torch.msort,
-    torch.nonzero, _T.nonzero, torch.unique, _T.unique, torch.randperm,
-    torch._VF._pack_padded_sequence,
+    _T.msort, torch.nonzero, _T.nonzero, torch.argwhere, _T.argwhere, torch.unique, _T.unique,
+    torch.randperm, torch._VF._pack_padded_sequence,
 }  # fmt: skip
 _TAKES_K = {torch.topk, _T.topk}
+_SORTS_FIRST = {torch.msort, _T.msort}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
 _STACKS = {torch.stack, torch.vstack}
 _PICKS = {torch.index_select, _T.index_select}
@@ -101,7 +102,7 @@ class RowMoves:
         numbers = [a for a in args[2 if func in _TAKES_K else 1 :] if type(a) is int]
         dim = kwargs.get("dim", numbers[-1] if numbers else None)
         if dim is None:
-            dim = 0 if func is torch.msort else -1
+            dim = 0 if func in _SORTS_FIRST else -1
         return x.dim() == 1 or x.shape[dim] == self._sequences
 
 

@@ -36,7 +36,8 @@ def results(func: Callable[..., Any], axis: int, *rest: Any, **kwargs: Any) -> t
 
 SORTS = [
     (torch.sort, (), {}), (torch.sort, (0,), {}), (torch.sort, (), {"dim": 1}),
-    (Tensor.sort, (-2,), {}), (torch.msort, (), {}), (torch.argsort, (2, True), {}),
+    (Tensor.sort, (-2,), {}), (torch.msort, (), {}), (Tensor.msort, (), {}),
+    (torch.argsort, (2, True), {}),
     (torch.topk, (1,), {}), (torch.topk, (2,), {}), (torch.topk, (2, 0), {}),
     (Tensor.topk, (3,), {}), (Tensor.topk, (2,), {"dim": -3}), (Tensor.topk, (), {"k": 1}),
 ]  # fmt: skip
@@ -54,6 +55,7 @@ def test_sorting_along_the_rows_is_seen_and_no_other(func, rest, kwargs, axis) -
 def test_sorting_one_number_a_row() -> None:
     assert moves(torch.topk, torch.zeros(S), 2) == (True, True)
     assert moves(torch.nonzero, torch.zeros(S)) == (True, True)
+    assert moves(torch.argwhere, torch.zeros(S)) == (True, True)
     assert moves(torch.randperm, S) == (True, False)  # what is picked by it is seen
 
 
