@@ -14,8 +14,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 TMP = ".tmp"
+GUARDS = ("run-lock", "lock")
+"""Empty files in `.tmp` that processes lock; they may go, the next one makes them anew."""
 BLOCK_BYTES = 1 << 20
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
@@ -65,7 +68,7 @@ def clean(root: Path, older_than_s: float) -> int:
     removed = 0
     for leftover in (root / TMP).iterdir() if (root / TMP).is_dir() else ():
         with contextlib.suppress(FileNotFoundError):
-            if leftover.name != "lock" and _is_leftover(leftover, older_than_s):
+            if leftover.name not in GUARDS and _is_leftover(leftover, older_than_s):
                 leftover.unlink()
                 removed += 1
     return removed
@@ -157,13 +160,37 @@ def _link(tmp: Path, final: Path) -> bool:
 
 def _rename_under_lock(tmp: Path, final: Path) -> bool:
     """As `_link`, on file systems without hard links (FAT, some network mounts)."""
-    with (tmp.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it when the holder dies
+    with guarded(tmp.parent / "lock"):
         if final.exists():
             return False
         os.rename(tmp, final)
         sync_folder(final.parent)
         return True
+
+
+@contextlib.contextmanager
+def guarded(guard: Path) -> Iterator[None]:
+    """Let one process of this machine in at a time; the kernel frees the guard at its death.
+
+    Whoever locks a guard may remove it: those who waited for it take the next one.
+    """
+    with explained(guard):
+        while (file := _locked(guard)) is None:
+            pass
+    with file:
+        yield
+
+
+def _locked(guard: Path) -> IO[str] | None:
+    """Return the guard, locked; None where it or its folder went meanwhile."""
+    with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
+        make_folders(guard.parent)
+        file = opened.enter_context(guard.open("w"))
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(file.fileno()), guard.stat()):
+            opened.pop_all()
+            return file
+    return None
 
 
 def _rename(tmp: Path, final: Path) -> bool:

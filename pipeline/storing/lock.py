@@ -5,7 +5,6 @@ process that started at another time); one on another machine when its heartbeat
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -15,9 +14,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from curate.pipeline.storing.commit import explained, make_folders
+from curate.pipeline.storing.commit import TMP, guarded
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.storing.vacate import missing, vacate
 
@@ -169,18 +168,9 @@ def _bytes(entry: dict[str, Any]) -> bytes:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Folder) -> Iterator[None]:
     """Let one process of this machine look at the lock at a time; the kernel frees it at death."""
-    path = folder.local_path(".tmp")
+    path = folder.local_path(f"{TMP}/run-lock")
     if path is None:
         yield
         return
-    with _guard(path) as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with guarded(path):
         yield
-
-
-def _guard(path: Path) -> IO[str]:
-    """Return the file to lock; another run that fails may take its empty folder away meanwhile."""
-    while True:
-        with explained(path), contextlib.suppress(FileNotFoundError):
-            make_folders(path)
-            return (path / "run-lock").open("w")

@@ -1,15 +1,13 @@
 """Leaving no trace of a run that was refused: the empty folders that it made go again."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from curate.pipeline.storing.commit import TMP
+from curate.pipeline.storing.commit import GUARDS, TMP
 from curate.pipeline.storing.storage import Folder
-
-GUARDS = ("run-lock", "lock")
-"""Empty files in `.tmp` that processes lock; they may go, the next one makes them anew."""
 
 
 @contextlib.contextmanager
@@ -49,4 +47,6 @@ def vacate(folder: Folder, made: list[Path]) -> None:
 def _remove_guards(place: Path) -> None:
     if all(entry.name in GUARDS for entry in place.iterdir()):
         for name in GUARDS:
-            (place / name).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError), (place / name).open("r+") as guard:
+                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody is at work
+                (place / name).unlink()

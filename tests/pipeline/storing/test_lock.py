@@ -1,5 +1,6 @@
 """The run lock: one holder at a time, the dead are taken over."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from curate.pipeline.storing.commit import TMP, guarded
 from curate.pipeline.storing.lock import LOCK, RunLock, process_start
 from curate.pipeline.storing.storage import Folder
+from curate.pipeline.storing.vacate import vacate
 
 
 def write_lock(folder: Path, **changes: object) -> None:
@@ -128,3 +131,34 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
     ):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_guard_that_somebody_locks_is_not_taken_away(tmp_path: Path) -> None:
+    guard = tmp_path / "run" / TMP / "run-lock"
+    made = [guard.parent, tmp_path / "run"]
+    with guarded(guard):
+        vacate(Folder(tmp_path / "run"), made)
+        assert guard.exists()
+    vacate(Folder(tmp_path / "run"), made)
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_waited_for_a_guard_that_went_takes_the_next_one(tmp_path: Path) -> None:
+    guard, waits, goes_on = tmp_path / TMP / "run-lock", threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with guarded(guard):
+            waits.set()
+            goes_on.wait(20)
+
+    thread = threading.Thread(target=wait)
+    with guarded(guard):
+        thread.start()
+        assert not waits.wait(0.2)
+        guard.unlink()  # as a failing run does that holds it
+        guard.parent.rmdir()
+    assert waits.wait(20)
+    with guard.open("r+") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    goes_on.set()
+    thread.join()
