@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.craig_search import HELD_BYTES, represent
-from curate.selectors.inner_products import row_sum
+from curate.selectors.inner_products import mean_of
 from curate.selectors.vectors import Vectors, part_of
 
 CELL_ROWS = 5792  # the square of which, in float64, takes HELD_BYTES
@@ -50,7 +50,7 @@ def in_cells(
 
 def _farthest(vectors: Vectors) -> float:
     """Return twice the largest distance from the mean: no two rows are farther apart."""
-    mean, most = row_sum(vectors) / vectors.rows, 0.0
+    mean, most = mean_of(vectors), 0.0
     for block in vectors.blocks():
         most = max(most, float(np.square(block - mean).sum(axis=1).max()))
     return 2 * float(np.sqrt(most))

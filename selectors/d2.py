@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided
-from curate.selectors.inner_products import row_sum
+from curate.selectors.inner_products import mean_of
 from curate.selectors.neighbors import Neighbors
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
@@ -101,7 +101,7 @@ def nearest(vectors: Vectors, k: int) -> tuple[Int64[ndarray, "n k"], Float64[nd
     Fewer than k where there are fewer rows. Rows are moved by their mean first: FAISS takes
     distances from float32 products, which far from the origin lose their digits.
     """
-    mean = (row_sum(vectors) / vectors.rows).astype(np.float32)
+    mean = mean_of(vectors).astype(np.float32)
     index = Neighbors(vectors.dimension, "euclidean")
     for block in vectors.blocks():
         index.add(block - mean)

@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided, within
-from curate.selectors.inner_products import inner_products, row_sum
+from curate.selectors.inner_products import inner_products, mean_of
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.target_groups import check_target_group, target_groups
@@ -138,7 +138,7 @@ def fisher_update(target: Vectors, eta: float | int) -> After:
     The matrix is computed once where it is not larger than HELD_BYTES and than the target, else
     the target is read again for every update.
     """
-    mean, d = row_sum(target) / target.rows, target.dimension
+    mean, d = mean_of(target), target.dimension
     fisher: Float64[ndarray, "d d"] | None = None
     if eta and d <= target.rows and 8 * d * d <= HELD_BYTES:
         fisher = np.zeros((d, d))
@@ -175,8 +175,8 @@ def head_update(target: Vectors, classes: int, eta: float | int) -> After:
     if target.dimension != classes * (width + 1) or width < 1:
         raise ValueError(
             f"gradients of a head of {classes} classes have {classes} x (features + 1) "
-            f"coordinates, the target's vectors {target.dimension}; give such gradients or leave "
-            "classes out"
+            f"coordinates, the vectors to validate with {target.dimension}; give such gradients or "
+            "leave classes out"
         )
 
     def known() -> Iterator[tuple[ndarray, ndarray, ndarray]]:
@@ -212,8 +212,8 @@ def _known(block: Float64[ndarray, "b d"], classes: int) -> tuple[ndarray, ndarr
     p = error + onehot
     if (p < -1e-3).any() or (np.abs(p.sum(axis=1) - 1) > 1e-2).any():
         raise ValueError(
-            "the target's vectors are no gradients of a head of cross-entropy, biases first; give "
-            "such gradients or leave classes out"
+            "the vectors to validate with are no gradients of a head of cross-entropy, biases "
+            "first; give such gradients or leave classes out"
         )
     features = np.einsum("nc,ncd->nd", error, outer) / square[:, None]
     return np.log(np.maximum(p, 1e-30)), features, onehot

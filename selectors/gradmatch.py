@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided, Part, within
-from curate.selectors.inner_products import inner_products, one_row, row_sum
+from curate.selectors.inner_products import inner_products, mean_of, one_row, row_sum
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.pursuit import pursue
@@ -120,7 +120,7 @@ class Goals:
         if target_group is not None:
             self._groups = target_groups(table, target_group)
         elif whole is not None:
-            self._mean = row_sum(whole) / whole.rows
+            self._mean = mean_of(whole)
         self._rows = self._targets = 0
 
     def of(self, part: Part) -> Float64[ndarray, " d"]:

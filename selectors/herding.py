@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from curate.selectors.divided import Divided
-from curate.selectors.inner_products import inner_products, row_sum
+from curate.selectors.inner_products import inner_products, mean_of
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
 from curate.selectors.vectors import (
@@ -144,8 +144,3 @@ class _Moved:
         found = block - self._mean
         found -= self._rest
         return np.asarray(found)
-
-
-def mean_of(vectors: Vectors) -> Float64[ndarray, " d"]:
-    """Return the mean vector, summed in float64; one pass."""
-    return row_sum(vectors) / vectors.rows

@@ -39,6 +39,11 @@ def row_sum(vectors: Vectors) -> Float64[ndarray, " d"]:
     return total
 
 
+def mean_of(vectors: Vectors) -> Float64[ndarray, " d"]:
+    """Return the mean vector, summed in float64; one pass."""
+    return row_sum(vectors) / vectors.rows
+
+
 def one_row(vectors: Vectors, number: int) -> Float64[ndarray, " d"]:
     """Return one row in float64."""
     return np.asarray(vectors.take(np.array([number]))[0], dtype=np.float64)

@@ -3,7 +3,6 @@
 Shapes: n rows, m rows of a class, d coordinates.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +12,7 @@ from numpy import ndarray
 
 from curate.selectors.added_column import AddedColumn
 from curate.selectors.choose import Choice
+from curate.selectors.inner_products import mean_of
 from curate.selectors.moderate import Moderate
 from curate.selectors.picks import candidates
 from curate.selectors.protocol import Budget, Selection
@@ -61,9 +61,9 @@ class ModerateCenter(Choice):
         for number in range(len(rows.groups)):
             places = rows.places[rows.members(number)]
             vectors = part_of(table.vectors, places)
-            center = _mean(vectors) if self.center == "mean" else _median(vectors)
+            center = mean_of(vectors) if self.center == "mean" else _median(vectors)
             found[places] = np.concatenate(
-                [np.linalg.norm(block - center, axis=1) for block in _wide(vectors)]
+                [np.linalg.norm(block - center, axis=1) for block in vectors.blocks()]
             )
         return found
 
@@ -80,14 +80,5 @@ class ModerateCenter(Choice):
         )
 
 
-def _mean(vectors: Vectors) -> Float64[ndarray, " d"]:
-    total = np.sum([block.sum(axis=0) for block in _wide(vectors)], axis=0)
-    return np.asarray(total / vectors.rows)
-
-
 def _median(vectors: Vectors) -> Float64[ndarray, " d"]:
     return np.asarray(np.median(matrix(vectors), axis=0, overwrite_input=True), dtype=np.float64)
-
-
-def _wide(vectors: Vectors) -> Iterator[Float64[ndarray, "b d"]]:
-    return (block.astype(np.float64) for block in vectors.blocks())

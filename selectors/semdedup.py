@@ -101,7 +101,7 @@ class SemDeDup(Divided):
         """Return how similar each row is to one before it, and the number of clusters."""
         n = len(part.places)
         count = math.ceil(n / CLUSTER_ROWS) if self.clusters is None else min(self.clusters, n)
-        sample = max(SAMPLE, SEEN_ROWS // count)
+        sample = max(SAMPLE, -(-SEEN_ROWS // count))
         found = quantise(UnitVectors(part.vectors), count, seed, sample)
         if self.order == "random":
             key = np.random.default_rng(seed).permutation(n)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from curate.selectors import herding as module
-from curate.selectors.herding import Herding, herd, mean_of
+from curate.selectors.herding import Herding, herd
+from curate.selectors.inner_products import mean_of
 from curate.selectors.protocol import Budget
 from curate.selectors.vectors import ArrayVectors
 
