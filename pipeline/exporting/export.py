@@ -194,10 +194,10 @@ def _planned(job: Export, folder: Folder) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _nothing_planned_in_vain(folder: Folder) -> Iterator[None]:
-    """Remove the plan where the block fails before any file of it is there."""
+    """Remove the plan of what is refused before any file of it is there."""
     try:
         yield
-    except Exception:
+    except ValueError:  # no other fault: who lost the lock must leave the plan to its new holder
         if folder.exists(PLAN) and not _is_begun(folder):
             folder.delete(PLAN)
         raise

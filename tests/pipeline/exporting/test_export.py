@@ -305,6 +305,18 @@ def test_an_export_refused_before_its_first_file_leaves_the_folder_free(
     assert export(make_selection(), "jsonl", tmp_path / "out", columns=PLAIN).to == "jsonl"
 
 
+def test_an_export_that_lost_its_lock_leaves_the_new_holders_plan(
+    make_selection, tmp_path, monkeypatch
+):
+    def lost(_):
+        raise RuntimeError("another run took the folder over")
+
+    monkeypatch.setattr(module.RunLock, "check", lost)
+    with pytest.raises(RuntimeError, match="took the folder over"):
+        export(make_selection(), "parquet", tmp_path / "out", engine="local")
+    assert (tmp_path / "out" / module.PLAN).exists()
+
+
 def test_damage_is_found(make_selection, tmp_path):
     export(make_selection(), "parquet", tmp_path / "out", unit_rows=60)
     part = tmp_path / "out" / "part-00001.parquet"
