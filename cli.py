@@ -163,7 +163,7 @@ def train(
     from curate.pipeline.training.train import train as run
 
     checkpoints = run(
-        None if corpus is None else _corpus(corpus, split),
+        _corpus(corpus, split),
         model=_required(model, "--model"),
         model_options=_pairs(model_option, "--model-option"),
         task=task,
@@ -691,7 +691,7 @@ def evaluate(
     from curate.pipeline.evaluation.evaluate_report import format_report
 
     result = run(
-        None if corpus is None else _corpus(corpus, split),
+        _corpus(corpus, split),
         manifests=manifest or ["run/manifest"],
         test=_corpus(_required(test, "--test"), test_split),
         model=_required(model, "--model"),
@@ -934,10 +934,12 @@ def _number(text: str, flag: str) -> int | float:
         raise ValueError(f"{flag} {text!r} is neither a count nor a share such as 0.1") from None
 
 
-def _corpus(uri: str, split: str | None) -> Any:
+def _corpus(uri: str | None, split: str | None) -> Any:
     """Return the corpus of one split, or the path, which the library opens itself."""
     if split is None:
         return uri
+    if uri is None:
+        raise ValueError("--split is of a corpus: name that too, or leave both to the manifest")
     from curate.pipeline.reading.corpus import open_corpus
 
     return open_corpus(uri, split=split)

@@ -364,6 +364,7 @@ class TestBadInput:
             (["score", "train"], "--scorer"),
             (["select", "nowhere", "--budget", "0.5"], "nowhere"),
             (["evaluate", "train", "--model", "mlp"], "--test"),
+            (["evaluate", "--split", "s", "--test", "test", "--model", "mlp"], "--split"),
         ):
             answer = curate(*command)
             assert answer.code == 2 and word in answer.sentence, command
