@@ -58,7 +58,7 @@ def standardise(
         made = [pa.Table.from_batches([b]) for b in _batches(raw, unit)]
         table = pa.concat_tables(made).combine_chunks()
         for group in groups.values():
-            table = group.applied(table, with_std=len(work.runs) > 1)
+            table = group.applied(table, with_std=group.alias in work.averaged)
         table = others(table, end - unit.rows).cast(work.schema)
         write_part(folder, unit.number, table, read_receipt(raw, unit.number))
     return {alias: group.describe() for alias, group in groups.items()}
