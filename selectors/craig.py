@@ -13,6 +13,7 @@ from curate.selectors.craig_search import represent
 from curate.selectors.divided import Divided, Part
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
+from curate.selectors.scaled import ScaledVectors, exponent_of
 from curate.selectors.vectors import VectorTable
 
 EXACT_ROWS = 20_000
@@ -70,7 +71,8 @@ class Craig(Divided):
         if count is None:
             count = 1 if rows <= EXACT_ROWS else -(-rows // CELL_ROWS)
         if count > 1 and rows > 1:
-            cells = cells_of(part.vectors, min(count, rows), "euclidean", seed, CELL_ROWS)
+            seen = ScaledVectors(part.vectors, exponent_of(part.vectors))
+            cells = cells_of(seen, min(count, rows), "euclidean", seed, CELL_ROWS)
             return *in_cells(part.vectors, cells, part.sizes, part.amount), len(cells)
         found = represent(part.vectors, part.sizes, part.amount)
         return found.picks, found.counts, 1

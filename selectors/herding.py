@@ -81,13 +81,14 @@ def herd(
     own = square_norms(rest)
     # What a float32 product of D terms may be off, over both lengths (Higham 2002, section 3.1).
     slack = 2 * np.sqrt(own) * (vectors.dimension + 2) * 2.0**-23
+    exponent = int(np.frexp(own.max(initial=0))[1])
     order: list[int] = []
     total, is_open = np.zeros(len(mean)), np.ones(vectors.rows, dtype=bool)
     while len(order) < vectors.rows:
         away = np.where(is_open, own + 2 * inner_products(rest, total), np.inf)
         off = slack * np.linalg.norm(total)
         close = np.flatnonzero(away - off <= (away + off).min())
-        row = int(close[np.argmin(_exactly(rest, close, own[close], total))])
+        row = int(close[np.argmin(_exactly(rest, close, own[close], total, exponent))])
         if sizes[row] > amount:
             break
         amount -= int(sizes[row])
@@ -105,13 +106,18 @@ def _exactly(
     rows: Int64[ndarray, " c"],
     own: Float64[ndarray, " c"],
     total: Float64[ndarray, " d"],
+    exponent: int,
 ) -> Float32[ndarray, " c"]:
-    """Return |z|² + 2 <z, total> of these rows, from float64; of copies there may be very many."""
+    """Return |z|² + 2 <z, total> of these rows, over 2^exponent, which float32 then has room for.
+
+    From float64, some rows at a time: of copies there may be very many.
+    """
     found = np.empty(len(rows), dtype=np.float32)
     for start in range(0, len(rows), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         wide = rest.take(rows[part]).astype(np.float64)
-        found[part] = own[part] + 2 * np.einsum("nd,d->n", wide, total)
+        square = own[part] + 2 * np.einsum("nd,d->n", wide, total)
+        found[part] = np.ldexp(square, -exponent)
     return found
 
 

@@ -182,6 +182,19 @@ def test_in_cells_it_is_greedy_where_rows_of_other_cells_are_far(seed, by_tokens
         assert distances(points)[:, picks].min(axis=1).sum() <= objective + 1e-9
 
 
+def test_cells_do_not_depend_on_the_scale_of_the_vectors(make_table, ranked):
+    """k-means squares distances in float32: of 2^-80 they are 0, of 2^80 infinite."""
+    pytest.importorskip("faiss")
+    points = np.random.default_rng(9).normal(size=(60, 4)).astype(np.float32)
+    found = []
+    for exponent in (0, -80, 80):
+        table = with_vectors(make_table, np.ldexp(points, exponent))
+        selection = Craig(cells=3).select(table, Budget("rows", 12), np.random.default_rng(0))
+        assert selection.params["used_cells"] == 3
+        found.append(ranked(selection).tolist())
+    assert found[0] == found[1] == found[2]
+
+
 def test_more_rows_than_can_be_compared_are_cut_into_cells_in_bounded_memory(
     make_table, monkeypatch
 ):

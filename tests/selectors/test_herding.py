@@ -67,6 +67,18 @@ def test_the_mean_is_followed_far_better_than_by_chance():
     assert len(set(order)) == 60
 
 
+@pytest.mark.parametrize("exponent", [-70, 70])
+@pytest.mark.filterwarnings("error")
+def test_rows_of_any_scale_come_in_the_same_order(exponent):
+    """Squares of lengths of 2^-70 are 0 in float32, those of 2^70 infinite: near copies tell."""
+    draw = np.random.default_rng(0)
+    base = draw.normal(size=(30, 4))
+    near = [base * (1 + 2e-7 * draw.normal(size=base.shape)) for _ in range(8)]
+    points = np.concatenate(near).astype(np.float32)
+    order, gap = run(points, 60)
+    assert run(np.ldexp(points, exponent), 60) == (order, np.ldexp(gap, exponent))
+
+
 def test_a_distant_mean_costs_no_precision():
     points = np.random.default_rng(3).normal(size=(200, 4)).astype(np.float32)
     far = (points.astype(np.float64) + 1000).astype(np.float32)
