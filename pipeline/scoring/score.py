@@ -176,7 +176,8 @@ def score(
     `store` (embedding, probs, sketch) and `sketch` (32x32 for every parameter, 4096 for the whole
     gradient) keep vectors of rows beside the scores, from the same pass; see `open_store`. No
     scorer need be named then. `top_rows` of a target writes, for each of its rows, that many rows
-    that are nearest to it and farthest from it, by the `similarity` (cosine, dot) of sketches.
+    that are nearest to it and farthest from it, by the `similarity` (cosine, dot) of gradients:
+    sketches find candidates, whole gradients decide among them.
 
     `engine` is `local` (this process), `ray` (a pool of `workers`, each with `num_gpus`, here or
     at `ray_address`) or `auto`. `threads` of a worker are by default one for a small model, else

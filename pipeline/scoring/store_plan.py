@@ -23,7 +23,7 @@ from curate.scorers.row_vectors import Sketch, sketch_kind
 
 DEFAULT_SKETCH = "32x32"
 TOP_ROWS_SKETCH = "4096"
-"""What --top-rows compares by where no --sketch is named: 8 KiB per row and checkpoint."""
+"""What --top-rows finds candidates by where no --sketch is named: 8 KiB per row and checkpoint."""
 MOST_CLASSES = 32_768
 """Beyond that a row's probabilities are a vocabulary's, not a classifier's."""
 WINDOW_BYTES = 256 << 20
