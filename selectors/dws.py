@@ -23,7 +23,7 @@ class Dws(Rent):
     Bae et al. 2024 (ICLR, section 3): their mean is w / sum w; alpha towards infinity gives w
     itself (reweighting), alpha towards 0 all weight to one row (resampling one). Drawn once, a
     function of (seed, shard, row), where theirs are drawn for every batch. The settings are those
-    of `rent`. Each is a Gamma(alpha w) variable by inversion; only ratios matter.
+    of `rent`. Each is a Gamma(alpha w) variable by inversion, over the sum of all rows'.
     """
 
     alpha: float | int = field(default=1.0, kw_only=True)
