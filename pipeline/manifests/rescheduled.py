@@ -130,9 +130,8 @@ class Wish:
         `grouping` has counted the rows that were kept, where there is a column of groups.
 
         Raises:
-            ValueError: the weights or missing ranks contradict it.
+            ValueError: a curriculum's ranks are missing, or it is unknown which are hard.
         """
-        refuse_rates(self.rule, content["weight_kind"])
         _, asked = split_group(self.rule, self.params)
         if grouping is not None:
             asked = {**asked, **grouping.counted()}

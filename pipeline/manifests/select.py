@@ -16,6 +16,7 @@ from curate.pipeline.manifests.claim import make_free, writing
 from curate.pipeline.manifests.grouping import Grouping
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
+from curate.pipeline.manifests.schedules import refuse_rates
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
@@ -434,6 +435,8 @@ def _write(request: Request, folder: Folder) -> Manifest:
     selection = request.selector.select(census, request.budget, rng)
     made = str(selection.params.get("weight_kind", "none"))
     asked = request.content["selection"]["params"]
+    if request.wish is not None:
+        refuse_rates(request.wish.rule, asked.get("weight_kind") or made)
     make_free(folder)  # not before: what is refused above leaves an older manifest as it was
     with writing(folder):
         with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:

@@ -199,6 +199,9 @@ def test_a_refusal_leaves_the_manifest_that_was_to_be_overwritten(scores, tmp_pa
     files = {p.name: p.read_bytes() for p in out.glob("*.[jp]*")}
     with pytest.raises(ValueError, match="token"):
         select(scores, budget="1e15tok", out=out, overwrite=True)
+    with pytest.raises(ValueError, match="how often a row is shown"):
+        weighted = dict(method="importance", weight_kind="sampling", schedule="rs2")
+        select(scores, budget=20, out=out, overwrite=True, **weighted)
     assert files == {p.name: p.read_bytes() for p in out.glob("*.[jp]*")}
 
 
