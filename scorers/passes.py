@@ -66,10 +66,13 @@ class Passes:
             harvest.logit_norm = self.run(batch, Needs(logit_norm=True)).logit_norm
             return harvest
         while True:
+            one = _Pass(self, batch, needs)
             try:
-                return _Pass(self, batch, needs).run()
+                return one.run()
             except Replan as change:
                 self.replan(change)
+            finally:
+                one.release()
 
     def replan(self, change: Replan) -> None:
         if change.copy is not None:
@@ -111,6 +114,13 @@ class _Pass:
         self.inputs: dict[str, Given] = {}
         self.first: str | None = None
         self.pointers: dict[int, str] = {}
+        self.taps: Taps | None = None
+
+    def release(self) -> None:
+        """Let go of the graph, so that its memory is free before the next batch."""
+        if self.taps is not None:
+            self.taps.release()
+        self.inputs.clear()
 
     def run(self) -> Harvest:
         unused = self.plan.names("unused", self.needs.params)
@@ -153,7 +163,7 @@ class _Pass:
         watch, watched = self._head_watch(), {}
         if self.plan.head is not None and self.plan.head.key is not None and watch is not None:
             watched[self.plan.head.key] = watch
-        taps = Taps(
+        self.taps = taps = Taps(
             layouts=self.plan.layouts,
             counts={name: self.plan.counts[name] for name in analytic},
             absent=frozenset(self.plan.names("unused", paths)),

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from curate.scorers.parts import Gradient, Layout, Part, join
 from curate.scorers.readers import read_alias, read_use
@@ -209,7 +210,7 @@ def anchored(value: Tensor, anchor: Tensor) -> Tensor:
     return out
 
 
-def listen(out: Tensor, hook: Callable[[Tensor], None], own_base: bool = False) -> None:
+def listen(out: Tensor, hook: Callable[[Tensor], None], own_base: bool = False) -> RemovableHandle:
     """Call the hook with the gradient of a value as it is now, whatever is done to it in place.
 
     A view that is changed in place gets a new history without the hook. With `own_base` nobody
@@ -220,9 +221,8 @@ def listen(out: Tensor, hook: Callable[[Tensor], None], own_base: bool = False) 
     whole = base is not None and base.numel() == out.numel() and base.is_contiguous()
     if own_base and base is not None and whole and base.requires_grad and out.is_contiguous():
         shape = out.shape
-        base.register_hook(lambda g: hook(g.reshape(shape)))  # type: ignore[no-untyped-call]
-    else:
-        out.register_hook(hook)  # type: ignore[no-untyped-call]
+        return base.register_hook(lambda g: hook(g.reshape(shape)))  # type: ignore[no-any-return,no-untyped-call]
+    return out.register_hook(hook)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @dataclass
@@ -258,6 +258,7 @@ class Taps:
         self._pending = Counter[str]()
         self._lookups: Lookups = defaultdict(list)
         self._is_asleep = False
+        self._handles: list[RemovableHandle] = []
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
@@ -299,8 +300,18 @@ class Taps:
             is_kept = is_small or watch is not None
             use_of = partial(_itself, use) if is_kept or self.later is None else self.later(key)
             hook = partial(self._backward, key, use_of, layout, roles, watch)
-            listen(out, hook, own_base=use.kind == "linear")
+            self._handles.append(listen(out, hook, own_base=use.kind == "linear"))
         return out
+
+    def release(self) -> None:
+        """Take the taps off a graph that has been gone through, or will not be.
+
+        A hook holds what listens, which holds places in the graph, which holds the hook: a circle
+        that Python's collector does not see, since it goes through the graph's C++ side.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def after_again(self, key: UseKey, use: Use, out: Tensor) -> Tensor:
         """Return what `after` made of this use's output the first time, without a tap."""
