@@ -78,7 +78,7 @@ def find_target(
     if not asking and not is_stored:
         raise ValueError(
             "target is given, but none of the scorers compares rows with a target: add "
-            "grad_similarity, --top-rows or --store, or leave the target out"
+            "grad_similarity, influence, --top-rows or --store, or leave the target out"
         )
     corpus = given if isinstance(given, Corpus) else open_corpus(given)
     try:
