@@ -189,13 +189,13 @@ def imul(param: Lookup, input: Any, other: Any) -> Use | None:
     )
 
 
-def add(param: Lookup, input: Any, other: Any, *, alpha: float = 1) -> Use | None:
+def add(param: Lookup, input: Any, other: Any, *, alpha: float | int = 1) -> Use | None:
     if alpha != 1:
         return None
     return _elementwise("shift", param, input, other, lambda g, *_: g, reads_other=False)
 
 
-def iadd(param: Lookup, input: Any, other: Any, *, alpha: float = 1) -> Use | None:
+def iadd(param: Lookup, input: Any, other: Any, *, alpha: float | int = 1) -> Use | None:
     if alpha != 1:
         return None
     return _elementwise(
@@ -203,7 +203,7 @@ def iadd(param: Lookup, input: Any, other: Any, *, alpha: float = 1) -> Use | No
     )
 
 
-def sub(param: Lookup, input: Any, other: Any, *, alpha: float = 1) -> Use | None:
+def sub(param: Lookup, input: Any, other: Any, *, alpha: float | int = 1) -> Use | None:
     if alpha != 1:
         return None
     return _elementwise(

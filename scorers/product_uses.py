@@ -22,7 +22,13 @@ def linear(param: Lookup, input: Tensor, weight: Any, bias: Any = None) -> Use |
 
 
 def addmm(
-    param: Lookup, input: Any, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1
+    param: Lookup,
+    input: Any,
+    mat1: Tensor,
+    mat2: Any,
+    *,
+    beta: float | int = 1,
+    alpha: float | int = 1,
 ) -> Use | None:
     w, b = param(mat2), param(input)
     if param(mat1) or beta != 1 or alpha != 1 or (b is not None and b.shape != mat2.shape[1:]):

@@ -3,9 +3,6 @@
 Shapes: B rows.
 """
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from curate.scorers.expert_signals import ExpertSignals
 from curate.scorers.needs import Harvest
 from curate.scorers.parts import Full, Gradient
 from curate.scorers.protocol import Signal
+from curate.scorers.watched_model import WatchedModel
 
 B = 3
 DOT, NORM = Signal("weights_dot"), Signal("weights_norm")
@@ -26,12 +24,8 @@ def network(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
 
 
-def core(model: nn.Module) -> Any:
-    """Stand for a watched model: its parameters, and what a pattern means."""
-    return SimpleNamespace(
-        passes=SimpleNamespace(model=model),
-        names=lambda params: frozenset(n for n in SIZES if n.startswith(params)),
-    )
+def core(model: nn.Module) -> WatchedModel:
+    return WatchedModel(model, lambda m, x: m(x).sum(1), probe=False)
 
 
 def signals(model: nn.Module, weights: dict[str, Tensor], *wanted: Signal) -> ExpertSignals:

@@ -4,17 +4,17 @@ Shapes: B rows, S sequences, T tokens, D hidden size.
 """
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curate.kernels.sparse_projection import MOST_OUTPUTS
 from curate.scorers.needs import Harvest
 from curate.scorers.protocol import IGNORE
 from curate.scorers.readouts import Projection, TwoSidedSketch
 from curate.scorers.row_vectors import embedding, sketch_kind, sketches
+from curate.scorers.watched_model import WatchedModel
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,10 @@ def test_sketches_are_put_end_to_end_or_added() -> None:
     assert torch.equal(sketches(harvest, "sketch", [], Projection(0, 4)), torch.zeros(3, 4))
 
 
-def core(starts_at_token_0: bool = True) -> Any:
-    head = SimpleNamespace(starts_at_token_0=starts_at_token_0)
-    return SimpleNamespace(passes=SimpleNamespace(plan=SimpleNamespace(head=head)))
+def core(starts_at_token_0: bool = True) -> WatchedModel:
+    watched = WatchedModel(nn.Linear(1, 1), lambda m, x: m(x).sum(1), probe=False)
+    watched.passes.plan.head = SimpleNamespace(starts_at_token_0=starts_at_token_0)
+    return watched
 
 
 def harvested(hidden: Tensor, targets: Tensor | None, ids: Tensor | None = None) -> Harvest:
