@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +17,20 @@ from curate.pipeline.manifests.grouping import Grouping
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
 from curate.pipeline.manifests.schedules import refuse_rates
+from curate.pipeline.manifests.score_columns import (
+    direction_of,
+    group_column,
+    hard_end,
+    kept_end,
+    known_classes,
+    score_column,
+)
 from curate.pipeline.scoring.score_table import ScoreTable
 from curate.pipeline.storing.parquet import open_parquet
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.vectors.resolve import with_vectors
-from curate.scorers.registry import scorer_from_spec
 from curate.selectors.budget import need_columns, parse_budget
 from curate.selectors.composite import Composite
-from curate.selectors.expression import Expression, Sense
 from curate.selectors.protocol import Budget, Selection, Selector, Table
 from curate.selectors.registry import (
     make_selector,
@@ -35,9 +41,6 @@ from curate.selectors.registry import (
 from curate.selectors.weights import Weighting, check_weighting
 
 log = logging.getLogger("curate.select")
-
-GROUP_COLUMNS = ("label", "group", "class", "domain", "language", "lang", "source")
-"""Columns whose values are counted without being asked for, the first one there is."""
 
 _NOT_PARAMS = ("by", "direction", "carry", "ranked")
 _NO_BUDGET = ("threshold", "semdedup", "exact", "gio")
@@ -103,7 +106,7 @@ def select(
     if include_errors:
         asked["include_errors"] = True
     if vectors == "probs" and {"label", "classes"} <= {*selector_fields(method), *asked}:
-        asked = _classes(table, asked["label"]) | asked
+        asked = known_classes(table, asked["label"]) | asked
     wish = _wish(schedule, seed, epochs, schedule_params)
     written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
     written["scheduled"] = None if wish is None else wish.content()
@@ -163,14 +166,6 @@ def _wish(
     return None
 
 
-def _classes(table: ScoreTable, label: object) -> dict[str, Any]:
-    """Return the classes in the order of stored probabilities, where `label` is what was learnt."""
-    task = table.meta.get("task") or {}
-    known = task.get("classes")
-    is_learnt = known is not None and label == (task.get("columns") or {}).get("label")
-    return {"classes": known} if is_learnt else {}
-
-
 def _need_groups(table: ScoreTable, wish: Wish | None) -> None:
     by_group = None if wish is None else wish.by_group
     if by_group is not None and by_group not in table.schema.names:
@@ -205,10 +200,10 @@ def _request(
     takes_by = "by" in fields and (
         by is not None or not uses_vectors(method) or needs_setting(method, "by")
     )
-    column, composite = _score_column(table, by, is_needed=takes_by)
+    column, composite = score_column(table, by, is_needed=takes_by)
     source: Table = table if composite is None else Composite(table, composite)
     needs_group = method == "balanced"
-    group = _group_column(table, asked.get("by_group"), needs_group)
+    group = group_column(table, asked.get("by_group"), needs_group)
     if needs_group and "by_group" not in asked:
         if group is None:
             raise ValueError(
@@ -220,8 +215,8 @@ def _request(
         asked.setdefault("by", column)
     if "direction" in fields and "direction" not in asked and asked.get("by") is not None:
         is_needed = method == "keep" or composite is not None
-        end = _hard_end if method == "ccs" else _kept_end
-        direction = _direction(table, asked["by"], composite, is_needed, end)
+        end = hard_end if method == "ccs" else kept_end
+        direction = direction_of(table, asked["by"], composite, is_needed, end)
         asked |= {"direction": direction} if direction else {}
     selector = make_selector(method, **asked)
     need_columns(source, selector.needs)
@@ -268,105 +263,6 @@ def _said_direction(method: str, settings: dict[str, Any]) -> str | None:
     if settings.get("offset") is not None:
         return "low"
     return settings.get("direction") if settings.get("by") else None
-
-
-def _score_column(
-    table: ScoreTable, by: str | None, is_needed: bool
-) -> tuple[str | None, Expression | None]:
-    """Return the column asked for, or the only score; None where several could be meant.
-
-    What is no column is an expression over columns, and is returned parsed as well.
-    """
-    names = list(table.scorers)
-    if by is not None:
-        if by in table.schema.names and by not in ("shard", "row", "error"):
-            return by, None
-        if by.isidentifier() or not any(mark in by for mark in "()+-*/"):
-            raise ValueError(f"the score table has no score {by!r}; it has: {', '.join(names)}")
-        return by, Expression(by)
-    if len(names) == 1:
-        return str(names[0]), None
-    if is_needed:
-        raise ValueError(
-            f"the score table has several scores; choose one, --by: {', '.join(names)}"
-        )
-    return None, None
-
-
-End = Literal["high", "low"]
-
-
-def _direction(
-    table: ScoreTable,
-    by: str,
-    composite: Expression | None,
-    is_needed: bool,
-    end_of: Callable[[dict[str, Any]], End],
-) -> End | None:
-    """Return the end of the score that `end_of` says of its scorer, or of all in an expression."""
-    if composite is not None:
-        ends = {_turned(table, name, sense, end_of) for name, sense in composite.sense().items()}
-        if len(ends := ends - {"any"}) == 1 and (end := ends.pop()) is not None:
-            return "high" if end == "high" else "low"
-        raise ValueError(
-            f"the scores in {by!r} do not agree on which end to keep; "
-            "say --direction high or --direction low"
-        )
-    if by in table.scorers:
-        return end_of(table.scorers[by])
-    if is_needed:
-        raise ValueError(
-            f"column {by!r} is not a scorer's, so there is no known direction to keep; "
-            "say --direction high or low, or choose --method top or bottom"
-        )
-    return None
-
-
-def _kept_end(spec: dict[str, Any]) -> End:
-    """Return which end the scorer's source keeps."""
-    return scorer_from_spec(spec).direction.keep
-
-
-def _hard_end(spec: dict[str, Any]) -> End:
-    """Return which end is hard; of AUM and its like a high value means easy."""
-    means = scorer_from_spec(spec).direction.high_means.partition(";")[0]
-    return "low" if "easy" in means else "high"
-
-
-def _turned(
-    table: ScoreTable, name: str, sense: Sense, end_of: Callable[[dict[str, Any]], End]
-) -> Literal["high", "low", "any"] | None:
-    """Return the end of an expression that one of its columns asks for; None where unknown."""
-    if sense == "flat":
-        return "any"
-    if name not in table.scorers or sense == "unknown":
-        return None
-    end = end_of(table.scorers[name])
-    if sense == "up":
-        return end
-    return "low" if end == "high" else "high"
-
-
-def _group_column(table: ScoreTable, asked: str | None, is_needed: bool) -> str | None:
-    """Return the column of classes or groups: as asked, else the task's label or a usual name."""
-    if asked is not None:
-        need_columns(table, frozenset({asked}))
-        return asked
-    label = ((table.meta.get("task") or {}).get("columns") or {}).get("label")
-    for name in (label, *GROUP_COLUMNS):
-        if name and name in table.schema.names and name not in table.scorers:
-            if is_needed or _has_few_values(table, name):
-                return name
-    return None
-
-
-def _has_few_values(table: ScoreTable, column: str) -> bool:
-    """True unless the first batch shows that the column holds values, not groups."""
-    kind = table.schema.field(column).type
-    if pa.types.is_floating(kind) or pa.types.is_nested(kind):
-        return False
-    first = next(iter(table.scan([column])), None)
-    return first is None or len(first.column(0).unique()) <= 1000
 
 
 def _carried(table: Table, by: str | None, group: str | None) -> tuple[str, ...]:

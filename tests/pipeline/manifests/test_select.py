@@ -174,7 +174,7 @@ def test_reads_the_table_three_times(scores, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ScoreTable, "scan", lambda self, columns: scans.append(columns) or scan(self, columns)
     )
-    monkeypatch.setattr("curate.pipeline.manifests.select._has_few_values", lambda *_: True)
+    monkeypatch.setattr("curate.pipeline.manifests.score_columns._has_few_values", lambda *_: True)
     select(scores, budget=0.5, out=tmp_path / "m")
     assert len(scans) == 3
 
