@@ -82,6 +82,7 @@ class ScoringWorker:
             if stores is not None:  # before the part, which stands for them too
                 receipt["stores"] = stores.commit()
             is_first = write_part(self.parts, unit.number, table, receipt)
+            ledger.attempt.end("committed" if is_first else "late")
         except Superseded:
             ledger.attempt.end("late")
             return _told(unit, 0, [], is_first=False)
@@ -96,7 +97,6 @@ class ScoringWorker:
         finally:
             if stores is not None:
                 stores.close()
-        ledger.attempt.end("committed" if is_first else "late")
         return _told(unit, receipt["bad_rows"], receipt["splits"], is_first)
 
     def _stores(self, unit: Unit) -> UnitStores | None:
