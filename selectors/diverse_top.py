@@ -8,11 +8,11 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 from scipy.stats import rankdata
 
-from curate.selectors.divided import Divided
-from curate.selectors.inner_products import inner_products, one_row
+from curate.selectors.divided import Divided, within
+from curate.selectors.farthest import FarthestFirst
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
-from curate.selectors.vectors import UnitVectors, Vectors, VectorTable, held_if_few
+from curate.selectors.vectors import Vectors, VectorTable
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class DiverseTop(Divided):
     far from each other that begin with the best score; the term in S is 0 for the first row.
     Equal values: the better score, then the order of the table. Ranked without groups.
 
-    Time n·d for each row chosen; memory some 50 bytes a row.
+    Exact, in less than one pass for each row chosen: the value of a row only falls, so those below
+    the best are not compared again (`farthest`). Memory some 60 bytes a row and 8·D a pick.
     """
 
     by: str
@@ -62,21 +63,27 @@ def marginal(
     amount: int,
 ) -> Int64[ndarray, " k"]:
     """Return rows in the order of their marginal worth, within `amount` of `sizes`."""
-    units = held_if_few(UnitVectors(vectors))
-    closest = np.zeros(len(worth))
     best_first = np.argsort(-worth, kind="stable")
-    is_left = np.ones(len(worth), dtype=bool)
-    order: list[int] = []
-    left = amount
-    while len(order) < len(worth):
-        value = np.where(is_left, trade * worth - (1 - trade) * closest, -np.inf)
-        row = int(best_first[np.argmax(value[best_first])])
-        if sizes[row] > left:
-            break
-        left -= int(sizes[row])
-        is_left[row] = False
-        order.append(row)
-        if left > 0 and trade < 1:
-            near = inner_products(units, one_row(units, row))
-            closest = near if len(order) == 1 else np.maximum(closest, near)
-    return np.array(order, dtype=np.int64)
+    if trade == 1:
+        return within(best_first, sizes, amount)
+    return _Marginal(vectors, worth, trade, best_first).fill(sizes, amount)
+
+
+class _Marginal(FarthestFirst):
+    """Rows by their marginal worth, which only falls as rows are chosen, like distances do."""
+
+    def __init__(
+        self,
+        vectors: Vectors,
+        worth: Float64[ndarray, " n"],
+        trade: float | int,
+        best_first: Int64[ndarray, " n"],
+    ) -> None:
+        self._worth, self._trade = worth, trade
+        starts = best_first[:1].tolist()
+        # Blocks of rows of about the same worth: most of the worthless are never looked at.
+        super().__init__(vectors, "angle", starts=starts, cells=[best_first])
+
+    def values(self, rows: Int64[ndarray, " b"]) -> Float64[ndarray, " b"]:
+        cosine = 1 - self._squares[rows].astype(np.float64) / 2  # with the nearest chosen row
+        return np.asarray(self._trade * self._worth[rows] - (1 - self._trade) * cosine)

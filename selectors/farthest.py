@@ -1,4 +1,6 @@
-"""Farthest-first traversal: each row is the farthest from all before it. What k-center is made of.
+"""Farthest-first traversal: each row is the farthest from all before it.
+
+What k-center is made of and, with a worth beside the distance, diverse_top.
 
 Shapes: N rows, D dimensions, B rows of a block, M centres that a block has not seen yet.
 """
@@ -13,12 +15,12 @@ from numpy import ndarray
 
 from curate.selectors.vectors import Vectors
 
-Metric = Literal["cosine", "euclidean"]
+Metric = Literal["cosine", "euclidean", "angle"]
 BLOCK_ROWS = 1024
 CENTRES = 1024  # compared with a block at once
 EQUAL = 1e-14
 """Squared distance, over the squared length, of rows that float32 hardly tells apart."""
-_PICKED = -1.0  # in the place of the squared distance of a row that is a centre
+_PICKED = -np.inf  # in the place of the squared distance of a row that is a centre
 
 
 class FarthestFirst:
@@ -26,8 +28,9 @@ class FarthestFirst:
 
     The next row is the one with the largest distance to its nearest centre, the earliest of equal
     ones. With `metric="cosine"` distances are Euclidean between vectors scaled to length 1,
-    sqrt(2 - 2 cos), a zero vector staying zero; that is a metric, which 1 - cos is not. `starts`
-    are the first centres; rows of `base` are centres that are no rows, and may stand for them.
+    sqrt(2 - 2 cos), a zero vector staying zero; that is a metric, which 1 - cos is not. With
+    `"angle"` they are the same but that a zero vector has the cosine 0 with all. `starts` are the
+    first centres; rows of `base` are centres that are no rows, and may stand for them.
 
     With `cells` (row numbers that cover all rows, a start in each) a row is compared with centres
     of its own cell alone, and the next centre is the farthest row of all cells.
@@ -54,7 +57,8 @@ class FarthestFirst:
         sizes = [vectors.rows] if cells is None else [len(cell) for cell in cells]
         assert sum(sizes) == vectors.rows, "cells cover the rows"
         assert len(self._starts) == len(sizes) or base is not None, "a start in each cell"
-        self._squares = np.full(vectors.rows, np.inf, dtype=np.float32)
+        widest = 4 if metric == "angle" else np.inf
+        self._squares = np.full(vectors.rows, widest, dtype=np.float32)
         self._own = np.zeros(vectors.rows)  # squared lengths, known once a block was looked at
         self._centres = [_Growing(vectors.dimension) for _ in sizes]
         for block in [] if base is None else base.blocks():
@@ -67,7 +71,15 @@ class FarthestFirst:
             for start in range(int(edges[cell]), int(edges[cell + 1]), BLOCK_ROWS)
         ]
         self._seen = [0] * len(self._blocks)
-        self._bounds = [(-np.inf, block) for block in range(len(self._blocks))]
+        self._bounds = [self._bound(block) for block in range(len(self._blocks))]
+        heapq.heapify(self._bounds)
+
+    def values(self, rows: Int64[ndarray, " b"]) -> Float32[ndarray, " b"] | Float64[ndarray, " b"]:
+        """Return what the next row has most of: the squared distances to the nearest centres.
+
+        Another order overrides this with any value that falls where these distances fall.
+        """
+        return np.asarray(self._squares[rows])
 
     def fill(self, sizes: Int64[ndarray, " n"], amount: int) -> Int64[ndarray, " k"]:
         """Return the next rows, as many as fit: it ends before the row that would exceed `amount`.
@@ -91,21 +103,23 @@ class FarthestFirst:
         """Return the cell and the number of the next centre, None where all rows are centres."""
         if self._starts:
             return self._starts[0]
-        square, block = self._farthest()
-        if square < 0:
+        value, block = self._farthest()
+        if value == _PICKED:
             return None
         rows = self._rows(block)
-        return self._blocks[block][0], int(rows[np.argmax(self._squares[rows])])
+        return self._blocks[block][0], int(rows[np.argmax(self.values(rows))])
 
     def _farthest(self) -> tuple[float, int]:
-        """Return the largest squared distance (below 0: no row is left) and the block it is in."""
+        """Return the largest value (-inf: no row is left) and the block it is in."""
         while True:
             bound, block = self._bounds[0]
             if self._seen[block] == len(self._centres[self._blocks[block][0]]):
                 return -bound, block
             self._look(block)
-            rows = self._rows(block)
-            heapq.heapreplace(self._bounds, (-float(self._squares[rows].max()), block))
+            heapq.heapreplace(self._bounds, self._bound(block))
+
+    def _bound(self, block: int) -> tuple[float, int]:
+        return -float(self.values(self._rows(block)).max()), block
 
     def _look(self, block: int) -> None:
         """Compare a block with the centres that it has not seen."""
@@ -114,15 +128,20 @@ class FarthestFirst:
         if not self._seen[block]:
             self._own[rows] = np.einsum("bd,bd->b", x_bd, x_bd)
         own_b, scale_b = self._own[rows], None
-        if self._metric == "cosine":
+        if self._metric != "euclidean":
             scale_b = 1 / np.sqrt(np.where(own_b > 0, own_b, 1))
             own_b = (own_b > 0).astype(np.float64)
+        if self._metric == "angle":
+            own_b = np.ones(len(rows))
         nearest_b = self._squares[rows]
         for start in range(self._seen[block], len(centres), CENTRES):
             c_md = centres.rows(start, start + CENTRES)
             squares_mb = c_md @ x_bd.T
             squares_mb *= -2 if scale_b is None else -2 * scale_b
-            squares_mb += np.einsum("md,md->m", c_md, c_md)[:, None]
+            if self._metric == "angle":
+                squares_mb += 1
+            else:
+                squares_mb += np.einsum("md,md->m", c_md, c_md)[:, None]
             closest_b = squares_mb.min(axis=0) + own_b
             closest_b[closest_b <= EQUAL * own_b] = 0
             nearest_b = np.minimum(nearest_b, closest_b.astype(np.float32))
@@ -149,9 +168,9 @@ def nearest_to_mean(vectors: Vectors, metric: Metric) -> int:
 
 
 def _scaled(block: Float32[ndarray, "b d"], metric: Metric) -> Float64[ndarray, "b d"]:
-    """Return the block in float64, for cosine at length 1."""
+    """Return the block in float64, but for euclidean at length 1."""
     wide = block.astype(np.float64)
-    if metric == "cosine":
+    if metric != "euclidean":
         lengths = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
         wide /= np.where(lengths > 0, lengths, 1)
     return wide

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
+from curate.selectors import farthest
 from curate.selectors.diverse_top import DiverseTop, marginal
 from curate.selectors.protocol import Budget
 from curate.selectors.vectors import ArrayVectors
@@ -15,23 +16,43 @@ RNG = np.random.default_rng(0)
 
 def cosines(points):
     wide = np.float32(points).astype(np.float64)
-    wide = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    wide = wide / np.where(lengths > 0, lengths, 1)
     return wide @ wide.T
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10_000), st.integers(1, 30), st.floats(0, 1))
-def test_every_row_has_the_largest_marginal_worth(seed, n, trade):
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 30), st.floats(0, 1), st.sampled_from([2, 5, 1024]))
+def test_every_row_has_the_largest_marginal_worth(seed, n, trade, block):
     draw = np.random.default_rng(seed)
-    points, score = draw.normal(size=(n, 4)), draw.random(n)
+    points, score = draw.normal(size=(n, 4)), draw.random(n).round(1)
+    points[draw.random(n) < 0.1] = 0
     worth, near = rankdata(score) / n, cosines(points)
-    order = marginal(ArrayVectors(points), worth, trade, np.ones(n, dtype=np.int64), n).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(farthest, "BLOCK_ROWS", block)
+        patch.setattr(farthest, "CENTRES", 3)
+        order = marginal(ArrayVectors(points), worth, trade, np.ones(n, dtype=np.int64), n).tolist()
     assert sorted(order) == list(range(n))
     for at, row in enumerate(order):
         repeats = near[:, order[:at]].max(axis=1) if at else np.zeros(n)
         value = trade * worth - (1 - trade) * repeats
         value[order[:at]] = -np.inf
         assert value[row] >= value.max() - 1e-6  # cosines of float32 vectors
+
+
+def test_rows_that_cannot_be_next_are_not_read():
+    class Counted(ArrayVectors):
+        read = 0
+
+        def take(self, numbers):
+            self.read += len(numbers)
+            return super().take(numbers)
+
+    draw = np.random.default_rng(1)
+    n = 20 * farthest.BLOCK_ROWS
+    vectors, worth = Counted(draw.normal(size=(n, 8))), draw.permutation(n) / n
+    marginal(vectors, worth, 0.7, np.ones(n, dtype=np.int64), 30)
+    assert vectors.read < 30 * n / 4  # a pass for each row would be 30 n
 
 
 @pytest.fixture
