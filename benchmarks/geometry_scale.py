@@ -28,12 +28,14 @@ BATCH = 65_536
 METHODS = ("kcenter", "facility_location", "herding", "semdedup", "exact")
 BY_GRADIENTS = ("craig", "gradmatch", "glister", "greedy_alignment")
 """Only where they are asked for; greedy_alignment is given the first 1000 rows as its target."""
+BY_SCORE = ("d2", "diverse_top")
+"""Only where they are asked for; the score is uniform in [0, 1)."""
 
 
 class SyntheticTable:
-    """A score table without scores, made one batch at a time, with vectors from a file."""
+    """A score table made one batch at a time, with vectors from a file."""
 
-    schema = pa.schema([("shard", pa.int32()), ("row", pa.int64())])
+    schema = pa.schema([("shard", pa.int32()), ("row", pa.int64()), ("score", pa.float32())])
     target: ArrayVectors | None = None
 
     def __init__(self, array: np.ndarray) -> None:
@@ -42,7 +44,12 @@ class SyntheticTable:
     def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         for start in range(0, self.rows, BATCH):
             row = np.arange(start, min(start + BATCH, self.rows))
-            values = {"shard": pa.array(np.zeros(len(row), np.int32)), "row": pa.array(row)}
+            draws = np.random.default_rng(start).random(len(row), dtype=np.float32)
+            values = {
+                "shard": pa.array(np.zeros(len(row), np.int32)),
+                "row": pa.array(row),
+                "score": pa.array(draws),
+            }
             yield pa.record_batch({name: values[name] for name in columns})
 
 
@@ -91,7 +98,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=100_000)
     options.add_argument("--dimension", type=int, default=256)
     options.add_argument("--picks", type=int, default=1000)
-    options.add_argument("--method", action="append", choices=METHODS + BY_GRADIENTS)
+    options.add_argument("--method", action="append", choices=METHODS + BY_GRADIENTS + BY_SCORE)
     options.add_argument("--param", action="append", default=[], help="NAME=WHOLE NUMBER")
     options.add_argument("--folder", help="where the vectors are written; a temporary one")
     asked = options.parse_args()
@@ -102,7 +109,8 @@ def main() -> None:
             table, rng = SyntheticTable(array), np.random.default_rng(0)
             if method == "greedy_alignment":
                 table.target = ArrayVectors(array[:1000])
-            selector = make_selector(method, **params)
+            by = {"by": "score"} if method in BY_SCORE else {}
+            selector = make_selector(method, **by, **params)
             wall, cpu = time.perf_counter(), time.process_time()
             with Held() as memory:
                 selection = selector.select(table, Budget("rows", asked.picks), rng)
