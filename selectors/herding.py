@@ -27,6 +27,9 @@ from curate.selectors.vectors import (
     usable_target,
 )
 
+FAR = 4
+"""The largest length over the largest distance from the mean up to which rows are not moved."""
+
 
 @dataclass(frozen=True)
 class Herding(Divided):
@@ -79,13 +82,15 @@ def herd(
     """
     rest = _Moved(vectors, mean)
     own = square_norms(rest)
+    near, lengths = _near(vectors, rest, own)
     # What a float32 product of D terms may be off, over both lengths (Higham 2002, section 3.1).
-    slack = 2 * np.sqrt(own) * (vectors.dimension + 2) * 2.0**-23
+    slack = 2 * lengths * (vectors.dimension + 2) * 2.0**-23
     exponent = int(np.frexp(own.max(initial=0))[1])
     order: list[int] = []
     total, is_open = np.zeros(len(mean)), np.ones(vectors.rows, dtype=bool)
     while len(order) < vectors.rows:
-        away = np.where(is_open, own + 2 * inner_products(rest, total), np.inf)
+        shift = 0.0 if near is rest else 2 * (mean @ total)
+        away = np.where(is_open, own + 2 * inner_products(near, total) - shift, np.inf)
         off = slack * np.linalg.norm(total)
         close = np.flatnonzero(away - off <= (away + off).min())
         row = int(close[np.argmin(_exactly(rest, close, own[close], total, exponent))])
@@ -99,6 +104,21 @@ def herd(
             break
     gap = float(np.linalg.norm(total)) / max(1, len(order))
     return np.array(order, dtype=np.int64), gap
+
+
+def _near(
+    vectors: Vectors, rest: "_Moved", own: Float64[ndarray, " n"]
+) -> tuple[Vectors, Float64[ndarray, " n"]]:
+    """Return what products are taken of in each pass, and the rows' lengths there.
+
+    Rows as they are where that is cheaper than moving them again, unless they are so far from the
+    origin, for their distances from the mean, that float32 would leave many in doubt.
+    """
+    if not rest.is_held:
+        squares = square_norms(vectors)
+        if squares.max(initial=0) <= FAR**2 * own.max(initial=0):
+            return vectors, np.sqrt(squares)
+    return rest, np.sqrt(own)
 
 
 def _exactly(
@@ -135,6 +155,10 @@ class _Moved:
         self._held: Vectors | None = None
         if self.rows * self.dimension * 4 <= SMALL_BYTES:
             self._held = ArrayVectors(matrix(self))
+
+    @property
+    def is_held(self) -> bool:
+        return self._held is not None
 
     def blocks(self) -> Iterator[Float32[ndarray, "b d"]]:
         if self._held is not None:

@@ -39,7 +39,7 @@ def run(points, k):
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 5), st.booleans())
 def test_it_is_the_formula_and_the_smallest(seed, n, d, is_held):
     draw = np.random.default_rng(seed)
-    points = draw.normal(size=(n, d)).astype(np.float32) + 3
+    points = draw.normal(size=(n, d)).astype(np.float32) + np.float32(draw.choice([0, 3, 40]))
     k = int(draw.integers(1, n + 1))
     with pytest.MonkeyPatch.context() as patch:
         if not is_held:
@@ -68,9 +68,11 @@ def test_the_mean_is_followed_far_better_than_by_chance():
 
 
 @pytest.mark.parametrize("exponent", [-70, 70])
+@pytest.mark.parametrize("held", [0, 1 << 20])
 @pytest.mark.filterwarnings("error")
-def test_rows_of_any_scale_come_in_the_same_order(exponent):
+def test_rows_of_any_scale_come_in_the_same_order(exponent, held, monkeypatch):
     """Squares of lengths of 2^-70 are 0 in float32, those of 2^70 infinite: near copies tell."""
+    monkeypatch.setattr(module, "SMALL_BYTES", held)
     draw = np.random.default_rng(0)
     base = draw.normal(size=(30, 4))
     near = [base * (1 + 2e-7 * draw.normal(size=base.shape)) for _ in range(8)]
@@ -79,7 +81,9 @@ def test_rows_of_any_scale_come_in_the_same_order(exponent):
     assert run(np.ldexp(points, exponent), 60) == (order, np.ldexp(gap, exponent))
 
 
-def test_a_distant_mean_costs_no_precision():
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_a_distant_mean_costs_no_precision(held, monkeypatch):
+    monkeypatch.setattr(module, "SMALL_BYTES", held)
     points = np.random.default_rng(3).normal(size=(200, 4)).astype(np.float32)
     far = (points.astype(np.float64) + 1000).astype(np.float32)
     assert run(far, 50)[0] == plain(far, 50)
