@@ -43,9 +43,13 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         self._made = missing(self.folder)
-        with _one_at_a_time(self.folder):
-            while not self.folder.create(LOCK, _bytes(self._entry())):
-                self._take_over()
+        try:
+            with _one_at_a_time(self.folder):
+                while not self.folder.create(LOCK, _bytes(self._entry())):
+                    self._take_over()
+        except BaseException:
+            vacate(self.folder, self._made)
+            raise
         self._thread.start()
         return self
 

@@ -1,27 +1,8 @@
 """`curate export` and `curate manifest …` from the command line."""
 
 import json
-import sys
 
 import pyarrow.parquet as pq
-import pytest
-
-from curate import cli
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["curate", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def test_export_and_resume(run, make_selection, tmp_path):

@@ -10,7 +10,6 @@ import random
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -186,20 +185,6 @@ def test_a_cleaned_temporary_file_is_written_again(
     assert Folder(tmp_path).create("part", b"data")
     assert len(calls) == 2
     assert (tmp_path / "part").read_bytes() == b"data"
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 256 KiB, where this user may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True
-    )
-    if made.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_really_full_disk_is_said_and_leaves_nothing(tiny_disk: Path) -> None:
