@@ -100,6 +100,19 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def check_cluster(address: str | None, num_gpus: float | None, who: str, out: str) -> None:
+    """Join the cluster that `connected` would, see that it can do the work, and leave it again.
+
+    A cluster made here for work without GPUs could do it: none is started then.
+
+    Raises:
+        ValueError: no cluster answers, or it lacks the GPUs that `who` asks for.
+    """
+    if address or os.environ.get("RAY_ADDRESS") or num_gpus:
+        with connected(address, out):
+            check_gpus(num_gpus or 0.0, who)
+
+
 def resources() -> tuple[float, float]:
     """Return the CPUs and GPUs of the cluster."""
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -121,7 +134,16 @@ def _join(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         log.info("starting Ray on this machine")
-        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        except Exception as error:  # Ray has no name for it: a full disk, ports, processes
+            said = str(error).strip().partition("\n")[0]
+            named = (os.environ.get(key) for key in ("RAY_TMPDIR", "TMPDIR"))
+            place = next((n for n in named if n), None) or tempfile.gettempdir()
+            raise RuntimeError(
+                f"Ray did not start on this machine; see that {place} has room for its files, or "
+                f"take --engine local ({said})"
+            ) from error
         return
     options: dict[str, Any] = {"address": address, "logging_level": logging.WARNING}
     with tempfile.TemporaryDirectory(prefix="curate-") as folder:
