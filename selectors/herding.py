@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
-from curate.selectors.divided import Divided
+from curate.selectors.apportion import apportion
+from curate.selectors.cells import cells_of
+from curate.selectors.divided import Divided, Part
 from curate.selectors.inner_products import inner_products, mean_of
 from curate.selectors.picks import picked
 from curate.selectors.protocol import Budget, Selection
@@ -19,6 +21,7 @@ from curate.selectors.vectors import (
     BLOCK_ROWS,
     SMALL_BYTES,
     ArrayVectors,
+    PartOfVectors,
     UnitVectors,
     Vectors,
     VectorTable,
@@ -29,6 +32,8 @@ from curate.selectors.vectors import (
 
 FAR = 4
 """The largest length over the largest distance from the mean up to which rows are not moved."""
+EXACT_PICKS = 10_000
+"""Above as many picks the rows are cut into cells, unless `cells` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,18 @@ class Herding(Divided):
 
     Time n·D and one pass over the vectors for each pick. Memory: some 100 bytes a row, and the
     vectors once more in float32 where they take no more than 256 MiB; above that they are read
-    again and moved block by block, and nothing of their size is held.
+    again block by block, and nothing of their size is held.
+
+    Exact up to 10 000 picks, and with a target. Above that, or with `cells`, the rows are cut into
+    cells by k-means (that many; by default as many as picks need, 10 000 for each, and as make
+    each take 256 MiB at most). Each cell's picks, in proportion to its rows, follow its own mean:
+    the picks' mean is off by no more than the cells' own gaps, averaged, and what rounding their
+    shares to whole rows moves it by. Time k·n·D / cells multiplications. Ranks take the cells'
+    picks in turn, each in its proportion.
     """
 
     metric: Literal["cosine", "euclidean"] = "euclidean"
+    cells: int | None = None
     uses_vectors: ClassVar[bool] = True
     takes_target: ClassVar[bool] = True
 
@@ -54,27 +67,68 @@ class Herding(Divided):
         super().__post_init__()
         if self.metric not in ("cosine", "euclidean"):
             raise ValueError(f"metric must be cosine or euclidean, not {self.metric!r}")
+        if isinstance(self.cells, int) and self.cells < 1:
+            raise ValueError(f"cells must be a count of at least 1, not {self.cells!r}")
 
     def select(self, table: VectorTable, budget: Budget, rng: np.random.Generator) -> Selection:
-        places, gaps = [], [0.0]
+        places, gaps, most = [], [0.0], 1
         target = usable_target(table)
+        if target is not None and (self.cells or 1) > 1:
+            raise ValueError("cells follow the means of their own rows, no target's; leave one out")
         for part in self.parts(table, budget):
-            mean = mean_of(self._seen(part.vectors if target is None else target))
-            order, gap = herd(self._seen(part.vectors), mean, part.sizes, part.amount)
+            vectors = self._seen(part.vectors)
+            mean = mean_of(vectors if target is None else self._seen(target))
+            cells = [] if target is not None else self._cells(part, int(rng.integers(1 << 31)))
+            if len(cells) > 1:
+                order, total = _in_cells(vectors, mean, part, cells)
+            else:
+                order, total = herd(vectors, mean, part.sizes, part.amount)
             places.append(part.places[order])
-            gaps.append(gap)
+            gaps.append(float(np.linalg.norm(total)) / max(1, len(order)))
+            most = max(most, len(cells))
         chosen = np.concatenate(places)
         ranks = None if self.by_group is not None else np.arange(len(chosen))
-        return picked(table, chosen, ranks=ranks, params={"mean_gap": max(gaps)})
+        params: dict[str, object] = {"mean_gap": max(gaps), "used_cells": most}
+        return picked(table, chosen, ranks=ranks, params=params)
+
+    def _cells(self, part: Part, seed: int) -> list[Int64[ndarray, " _"]]:
+        """Return the cells to cut a part into, none where it is to stay whole."""
+        rows, row_bytes = len(part.sizes), 4 * part.vectors.dimension
+        if self.cells is not None:
+            count, largest = min(self.cells, rows), None
+        else:
+            picks = part.amount * rows // max(1, int(part.sizes.sum()))
+            count = -(-picks // EXACT_PICKS)
+            if count > 1:
+                count = max(count, -(-rows * row_bytes // SMALL_BYTES))
+            largest = max(1, SMALL_BYTES // row_bytes)
+        return cells_of(part.vectors, count, self.metric, seed, largest) if count > 1 else []
 
     def _seen(self, vectors: Vectors) -> Vectors:
         return UnitVectors(vectors) if self.metric == "cosine" else vectors
 
 
+def _in_cells(
+    vectors: Vectors, mean: Float64[ndarray, " d"], part: Part, cells: list[Int64[ndarray, " _"]]
+) -> tuple[Int64[ndarray, " k"], Float64[ndarray, " d"]]:
+    """Return what `herd` does, each cell following its own mean; the picks of cells in turn."""
+    shares = [int(part.sizes[cell].sum()) for cell in cells]
+    total, orders, turns = np.zeros(len(mean)), [], []
+    for cell, amount in zip(cells, apportion(part.amount, shares, shares), strict=True):
+        inside = PartOfVectors(vectors, cell)
+        own_mean = mean_of(inside)
+        order, moved = herd(inside, own_mean, part.sizes[cell], amount)
+        total += moved + len(order) * (own_mean - mean)
+        orders.append(cell[order])
+        turns.append((np.arange(len(order)) + 0.5) / len(cell))
+    in_turn = np.argsort(np.concatenate(turns), kind="stable")
+    return np.concatenate(orders)[in_turn], total
+
+
 def herd(
     vectors: Vectors, mean: Float64[ndarray, " d"], sizes: Int64[ndarray, " n"], amount: int
-) -> tuple[Int64[ndarray, " k"], float]:
-    """Return rows in the order of herding, and the distance of their mean from `mean`.
+) -> tuple[Int64[ndarray, " k"], Float64[ndarray, " d"]]:
+    """Return rows in the order of herding, and the sum of what each is off `mean`.
 
     It ends before the row that would take the sum of `sizes` over `amount`. With z = x - mean the
     next row minimises ||z + sum_s z_s||. Products in float32 find the rows that may be it, and
@@ -102,8 +156,7 @@ def herd(
         total += rest.take(np.array([row]))[0]
         if amount == 0:
             break
-    gap = float(np.linalg.norm(total)) / max(1, len(order))
-    return np.array(order, dtype=np.int64), gap
+    return np.array(order, dtype=np.int64), total
 
 
 def _near(

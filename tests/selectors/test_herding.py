@@ -31,13 +31,14 @@ def plain(points, k, mean=None):
 
 def run(points, k):
     vectors = ArrayVectors(np.asarray(points, np.float32))
-    order, gap = herd(vectors, mean_of(vectors), np.ones(len(points), dtype=np.int64), k)
-    return order.tolist(), gap
+    order, total = herd(vectors, mean_of(vectors), np.ones(len(points), dtype=np.int64), k)
+    return order.tolist(), np.linalg.norm(total) / k
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 5), st.booleans())
+@given(st.integers(0, 10_000), st.integers(3, 40), st.integers(1, 5), st.booleans())
 def test_it_is_the_formula_and_the_smallest(seed, n, d, is_held):
+    """Of three rows or more: two are equally far from their mean, and its rounding decides."""
     draw = np.random.default_rng(seed)
     points = draw.normal(size=(n, d)).astype(np.float32) + np.float32(draw.choice([0, 3, 40]))
     k = int(draw.integers(1, n + 1))
@@ -120,6 +121,60 @@ def test_tokens_are_filled_to_the_row_that_would_exceed_them(make_table, kept):
     table.vectors, table.target = ArrayVectors(points), None
     chosen = kept(Herding().select(table, Budget("tokens", 50), np.random.default_rng(0)))
     assert 50 - 8 < tokens[chosen].sum() <= 50
+
+
+@pytest.fixture
+def clusters(make_table):
+    """Rows of three well separated clusters of 30, 60 and 90, mixed up, and which each is of."""
+    draw = np.random.default_rng(5)
+    of = draw.permutation(np.repeat([0, 1, 2], [30, 60, 90]))
+    table = make_table(np.zeros(180))
+    points = draw.normal(size=(180, 4)) + 50 * np.eye(4)[of]
+    table.vectors, table.target = ArrayVectors(points.astype(np.float32)), None
+    return table, of
+
+
+def test_cells_follow_their_own_means_in_proportion(clusters, ranked):
+    table, of = clusters
+    selection = Herding(cells=3).select(table, Budget("rows", 18), np.random.default_rng(0))
+    order = ranked(selection)
+    assert selection.params["used_cells"] == 3
+    for cluster, picks in enumerate([3, 6, 9]):
+        mine = np.flatnonzero(of == cluster)
+        inside = plain(table.vectors.array[mine], picks)
+        assert order[of[order] == cluster].tolist() == mine[inside].tolist()
+    assert np.bincount(of[order[:6]]).tolist() == [1, 2, 3]  # in turn, so a prefix keeps shares
+    points = table.vectors.array.astype(np.float64)
+    gap = np.linalg.norm(points[order].mean(axis=0) - points.mean(axis=0))
+    assert selection.params["mean_gap"] == pytest.approx(gap, abs=1e-5)
+
+
+def test_many_picks_are_searched_in_cells_that_fit_in_memory(clusters, kept, monkeypatch):
+    table, _ = clusters
+    monkeypatch.setattr(module, "EXACT_PICKS", 20)
+    monkeypatch.setattr(module, "SMALL_BYTES", 40 * 16)
+    few = Herding().select(table, Budget("rows", 20), np.random.default_rng(0))
+    many = Herding().select(table, Budget("rows", 30), np.random.default_rng(0))
+    assert few.params["used_cells"] == 1
+    assert many.params["used_cells"] >= 6  # 40 rows each at most: 1 + 2 + 3 for three clusters
+    assert len(kept(many)) == 30
+
+
+def test_tokens_are_divided_among_cells(clusters, make_table, kept):
+    table, of = clusters
+    tokens = np.where(of == 2, 10, 1)
+    table = make_table(np.zeros(180), tokens=pa.array(tokens, pa.int32()))
+    table.vectors, table.target = clusters[0].vectors, None
+    selection = Herding(cells=3).select(table, Budget("tokens", 99), np.random.default_rng(0))
+    assert np.bincount(of[kept(selection)]).tolist() == [3, 6, 9]  # of 30, 60, 900 tokens
+
+
+def test_cells_with_a_target_are_refused(clusters):
+    table, _ = clusters
+    table.target = table.vectors
+    with pytest.raises(ValueError, match="no target's; leave one out"):
+        Herding(cells=3).select(table, Budget("rows", 9), np.random.default_rng(0))
+    assert Herding(cells=1).select(table, Budget("rows", 9), np.random.default_rng(0))
 
 
 def test_an_unknown_metric_is_refused():
