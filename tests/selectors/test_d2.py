@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.selectors.d2 import D2, nearest, passed
+from curate.selectors import d2 as module
+from curate.selectors.d2 import D2, passed
+from curate.selectors.near_rows import near_rows
 from curate.selectors.protocol import Budget
 from curate.selectors.vectors import ArrayVectors
 
@@ -34,9 +36,9 @@ def written_out(points, score, k, gamma, budget):
 
 def run(points, score, k, gamma, budget):
     vectors = ArrayVectors(np.float32(points))
-    near, away = nearest(vectors, k)
+    graph = near_rows(vectors, k)
     ones = np.ones(len(points), dtype=np.int64)
-    return passed(np.asarray(score, float), near, away, gamma, ones, budget).tolist()
+    return passed(np.asarray(score, float), graph.near, graph.away, gamma, ones, budget).tolist()
 
 
 @settings(deadline=None, max_examples=30)
@@ -47,6 +49,51 @@ def test_it_is_message_passing(seed, n, k, gamma):
     score = draw.normal(size=n)  # of both signs: a negative value raises its neighbours
     k = min(k, n - 1)
     assert run(points, score, k, gamma, n) == written_out(points, score, k, gamma, n)[1]
+
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 40),
+    st.integers(0, 4),
+    st.sampled_from([0, 0.5, 2.0]),
+    st.booleans(),
+)
+def test_the_order_is_that_of_looking_at_all_values(seed, n, k, gamma, are_whole):
+    """Whole scores at distances of 0 or past all: many ties, of both signs; or no ties at all."""
+    draw = np.random.default_rng(seed)
+    k = min(k, n - 1)
+    others = [draw.permutation(np.delete(np.arange(n), i))[:k] for i in range(n)]
+    near = np.array(others, dtype=np.int32).reshape(n, k)
+    if are_whole:
+        score, away = draw.integers(-3, 4, n).astype(float), draw.choice([0, LARGEST], (n, k))
+    else:
+        score, away = draw.normal(size=n), draw.exponential(size=(n, k))
+    missing = draw.random((n, k)) < 0.2
+    near[missing] = np.nonzero(missing)[0]
+    away = np.where(missing, LARGEST, away).astype(np.float32)
+    sizes = draw.integers(1, 5, n)
+    amount = int(draw.integers(0, sizes.sum() + 1))
+
+    value = [
+        score[i]
+        + sum((np.exp(-float(d)) * score[j] for j, d in zip(near[i], away[i], strict=True)), 0.0)
+        for i in range(n)
+    ]
+    left, wanted = amount, []
+    for _ in range(n):
+        best = max((i for i in range(n) if i not in wanted), key=lambda i: value[i])
+        if sizes[best] > left:
+            break
+        left -= sizes[best]
+        wanted.append(best)
+        for j, d in zip(near[best], away[best], strict=True):
+            if j != best:
+                value[j] -= np.exp(-gamma * float(d)) * value[best]
+    assert passed(score, near, away, gamma, sizes, amount).tolist() == wanted
 
 
 def test_a_large_gamma_keeps_the_top_of_the_diffused_score():
@@ -65,12 +112,6 @@ def test_two_far_clusters_take_turns():
     of = [int(i >= 6) for i in picks]
     assert of[0] != of[1] and of[2] != of[3] and of[4] != of[5]
     assert run(points, np.ones(12), 5, 50.0, 3) != picks[:3]
-
-
-def test_copies_have_each_other_for_neighbours():
-    near, away = nearest(ArrayVectors(np.ones((12, 3), np.float32)), 5)
-    assert not (near == np.arange(12)[:, None]).any() and not away.any()
-    assert nearest(ArrayVectors(np.ones((1, 3), np.float32)), 5)[0].shape == (1, 0)
 
 
 @pytest.fixture
@@ -104,6 +145,8 @@ def test_wrong_settings_are_refused(table, make_table):
         ({"direction": "up"}, "direction must be"),
         ({"neighbors": 0}, "neighbors must be"),
         ({"gamma": -1.0}, "gamma must be"),
+        ({"cells": 0}, "cells must be"),
+        ({"probes": 0}, "probes must be"),
     ):
         with pytest.raises(ValueError, match=said):
             D2("score", **settings_)
@@ -113,10 +156,14 @@ def test_wrong_settings_are_refused(table, make_table):
         D2("score").select(infinite, Budget("rows", 1), RNG)
 
 
-def test_far_from_the_origin_the_nearest_are_the_same() -> None:
-    rng = np.random.default_rng(1)
-    # 1/1024ths stay exact when 1000 is added, so the two sets have the same distances.
-    points = (np.round(rng.standard_normal((200, 48)) * 1024) / 1024).astype(np.float32)
-    here, there = (nearest(ArrayVectors(x), 4) for x in (points, points + np.float32(1000)))
-    np.testing.assert_array_equal(here[0], there[0])
-    np.testing.assert_allclose(here[1], there[1], rtol=1e-4)  # the mean is rounded at 1000
+def test_many_rows_are_cut_into_cells(table, ranked, monkeypatch):
+    exact = D2("score", neighbors=3).select(table, Budget("rows", 11), RNG)
+    assert exact.params == {"used_cells": 1, "recall": 1.0, "stretch": 1.0}
+    cut = D2("score", neighbors=3, cells=4).select(table, Budget("rows", 11), RNG)
+    assert ranked(cut).tolist() == ranked(exact).tolist()  # who looks in 8 cells of 4 looks in all
+    monkeypatch.setattr(module, "EXACT_ROWS", 30)
+    monkeypatch.setattr(module, "CELL_ROWS", 8)
+    cut = D2("score", neighbors=3, probes=1).select(table, Budget("rows", 11), RNG).params
+    assert cut["used_cells"] >= 4 and 0 < cut["recall"] < 1 < cut["stretch"]
+    grouped = D2("score", neighbors=3, probes=1, by_group="label")
+    assert grouped.select(table, Budget("rows", 11), RNG).params["used_cells"] == 1
