@@ -5,7 +5,6 @@ import gzip
 import json
 import struct
 from collections import Counter
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -472,17 +471,3 @@ def test_ray_gives_the_same_bytes(make_selection, tmp_path, ray_session):
         pq.write_table(pa.table({"t": ["a", None]}), folder / "a.parquet")
         odd = make_selection(rows=[0, 1], data="odd", shards=[2], name="odd-m")
         export(odd, "mds", tmp_path / "bad", engine="ray")
-
-
-@pytest.mark.skipif(
-    find_spec("streaming") is None,
-    reason="mosaicml-streaming wants an older set of packages: install .[mds] apart to run this",
-)
-def test_the_mds_library_reads_it(make_selection, tmp_path):
-    from streaming import StreamingDataset
-
-    manifest = make_selection("loss")
-    export(manifest, "mds", tmp_path / "out", unit_rows=60)
-    loaded = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=1)
-    assert [(int(s["x"]), float(s["weight"])) for s in loaded] == listed(manifest)
-    assert all(s["words"].tolist() == [s["x"]] * (s["x"] % 3) for s in loaded)
