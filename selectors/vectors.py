@@ -125,7 +125,11 @@ class UnitVectors:
         return (unit_rows(block) for block in self._whole.blocks())
 
     def take(self, numbers: Int64[ndarray, " k"]) -> Float32[ndarray, "k d"]:
-        return unit_rows(self._whole.take(numbers))
+        found = np.empty((len(numbers), self.dimension), dtype=np.float32)
+        for start in range(0, len(numbers), BLOCK_ROWS):  # wider copies of a few rows at a time
+            part = slice(start, start + BLOCK_ROWS)
+            found[part] = unit_rows(self._whole.take(numbers[part]))
+        return found
 
 
 def part_of(vectors: Vectors, places: Int64[ndarray, " n"]) -> Vectors:

@@ -1,5 +1,6 @@
 """Clusters: as tight as scikit-learn's, every row at its nearest centroid, however blocks come."""
 
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,7 +9,7 @@ from sklearn.cluster import KMeans
 
 from curate.selectors.lloyd import kmeans
 from curate.selectors.quantise import _sampled, quantise
-from curate.selectors.vectors import ArrayVectors
+from curate.selectors.vectors import ArrayVectors, UnitVectors
 
 pytest.importorskip("faiss")
 
@@ -96,3 +97,13 @@ def test_bad_input_is_said() -> None:
         quantise(ArrayVectors(clouds(rows=9)), -1, 0)
     with pytest.raises(ValueError, match="9 clusters of 4 points"):
         kmeans(np.zeros((4, 2), np.float32), 9, 0)
+
+
+def test_the_sample_is_held_about_once_at_length_one_too() -> None:
+    rows = np.random.default_rng(0).normal(size=(60_000, 64)).astype(np.float32)
+    tracemalloc.start()
+    found = UnitVectors(ArrayVectors(rows)).take(np.arange(1, 60_000, 2))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+    assert peak < 2 * found.nbytes  # in one piece, with float64 in between, it was five times that
