@@ -15,7 +15,13 @@ from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.reading.corpus import Corpus, open_corpus
 from curate.pipeline.storing.lock import RunLock
 from curate.pipeline.storing.storage import Folder
-from curate.pipeline.training.train import check_engine, seed_numbers, settings_for
+from curate.pipeline.tasks.registry import task_from_description
+from curate.pipeline.training.train import (
+    check_engine,
+    check_gpus_asked,
+    seed_numbers,
+    settings_for,
+)
 from curate.pipeline.training.train_progress import evaluation_progress
 from curate.pipeline.training.train_settings import (
     TrainSettings,
@@ -100,14 +106,22 @@ def evaluate(
         out=out,
     )
     check_engine(engine)
+    check_gpus_asked(num_gpus)
     tested = test if isinstance(test, Corpus) else open_corpus(test)
     _check_test(settings, tested)
     plan = Plan(settings, tested, settings.out)
     arms = arms_of(settings, opened)
     numbers = seed_numbers(seeds)
     folder = Folder(plan.out)
-    _claim(folder, _config(plan), overwrite)
+    is_ours = _refuse_other(folder, _config(plan), overwrite)
+    if is_ours and overwrite and engine == "ray":
+        from curate.pipeline.ray_cluster import check_cluster
+
+        check_cluster(ray_address, num_gpus, "a training", plan.out)
     with RunLock(folder):
+        if is_ours and overwrite:  # not before: another process may be at work there
+            for name in folder.names("results/"):
+                folder.delete(name)
         folder.write_json(CONFIG, _config(plan))
         missing = [
             (plan, arm, seed)
@@ -186,6 +200,10 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 def _check_test(settings: TrainSettings, test: Corpus) -> None:
     if not test.rows:
         raise ValueError(f"the test corpus {test.uri} has no rows")
+    try:
+        task_from_description(settings.task, test).columns(test.schema)
+    except ValueError as problem:
+        raise ValueError(f"{test.uri} is no test corpus for this: {problem}") from None
     if test.digest == settings.corpus.digest:
         log.warning("the test corpus is the training corpus: results say nothing about new data")
 
@@ -198,20 +216,22 @@ def _config(plan: Plan) -> dict[str, Any]:
     return {"format": f"{FORMAT}_config", "version": VERSION, **trained, "test": test}
 
 
-def _claim(out: Folder, config: Mapping[str, Any], overwrite: bool) -> None:
-    """Make sure that `out` is this evaluation's, or nobody's; empty it if asked to."""
+def _refuse_other(out: Folder, config: Mapping[str, Any], overwrite: bool) -> bool:
+    """Return whether `out` holds an evaluation: this one, or any that may be overwritten.
+
+    Raises:
+        ValueError: it holds another one, or something else.
+    """
     ours = out.exists(CONFIG)
     others = [n for n in (*out.names(), *out.folders()) if not n.startswith((".", "_lock"))]
     if others and not ours:
         raise ValueError(f"{out.uri} holds something else ({others[0]}); choose another folder")
-    if ours and overwrite:
-        for name in out.names("results/"):
-            out.delete(name)
-    elif ours and (changed := differences(out.read_json(CONFIG), config)):
+    if ours and not overwrite and (changed := differences(out.read_json(CONFIG), config)):
         raise ValueError(
             f"{out.uri} was evaluated with another configuration ({'; '.join(changed)}); "
             "choose another folder, or --overwrite"
         )
+    return ours
 
 
 def _run(

@@ -88,6 +88,10 @@ def export(
     opened = manifest if isinstance(manifest, Manifest) else Manifest.open(manifest, corpus)
     if engine not in ("auto", "local", "ray"):
         raise ValueError(f"engine must be auto, local or ray, not {engine!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if engine == "local" and (ray_address is not None or (workers or 1) > 1):
+        raise ValueError("workers and ray_address are for --engine ray; local is one process")
     chosen = None if columns is None else tuple(columns)
     job = Export(opened, Wish(to, chosen, epoch, seed, repeats, packing, unit_rows))
     job.check()
@@ -95,10 +99,12 @@ def export(
     _refuse_inside_corpus(folder, opened)
     _refuse_foreign(folder)
     with vacated(folder), RunLock(folder.child(OWN)) as lock, _nothing_planned_in_vain(folder):
-        if overwrite:
-            clear(folder)
         folder.clean_tmp()
-        plan = _planned(job, folder)
+        if overwrite and folder.exists(PLAN) and _uses_ray(engine, opened, ray_address):
+            from curate.pipeline.ray_cluster import check_cluster
+
+            check_cluster(ray_address, None, "a unit", folder.uri)
+        plan = _planned(job, folder, overwrite)
         units = [Unit(**unit) for unit in plan["units"]]
         if folder.exists(SUCCESS):
             log.info("%s is finished already", folder.uri)
@@ -160,8 +166,11 @@ def clear(folder: Folder) -> None:
         folder.delete(name)
 
 
-def _planned(job: Export, folder: Folder) -> dict[str, Any]:
-    """Return the plan in the folder, which must be of this export, or write it."""
+def _planned(job: Export, folder: Folder, overwrite: bool) -> dict[str, Any]:
+    """Return the plan in the folder, which must be of this export, or write it.
+
+    To be overwritten, an older export goes as soon as the new one is planned.
+    """
     head: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -170,15 +179,16 @@ def _planned(job: Export, folder: Folder) -> dict[str, Any]:
     }
     if folder.exists(PLAN) and not _is_begun(folder):
         folder.delete(PLAN)  # refused at its first unit, say: nothing there is anybody's
-    if folder.exists(PLAN):
+    if folder.exists(PLAN) and not overwrite:
         there = folder.read_json(PLAN)
         for key, new in (("another manifest", "manifest"), ("other settings", "wish")):
             old = there[new]
             same = old["digest"] == head[new]["digest"] if new == "manifest" else old == head[new]
             if not same:
+                changed = "" if new == "manifest" else f" ({_changes(old, head[new])})"
                 raise ValueError(
-                    f"{folder.uri} holds an export of {key}; choose another folder with --out or "
-                    "replace it with --overwrite"
+                    f"{folder.uri} holds an export of {key}{changed}; choose another folder with "
+                    "--out or replace it with --overwrite"
                 )
     else:
         units = job.plan()
@@ -186,10 +196,15 @@ def _planned(job: Export, folder: Folder) -> dict[str, Any]:
             raise ValueError(f"{job.manifest.path} gives no row to export")
         listed = [{**asdict(u), "files": job.file_names(u, len(units))} for u in units]
         indexes = sorted(_indexes(job, [_empty(u, job, len(units)) for u in units], folder))
+        clear(folder)
         folder.create(PLAN, canonical_json({**head, "units": listed, "indexes": indexes}))
     plan: dict[str, Any] = folder.read_json(PLAN)
     keys = ("number", "start", "stop", "rows", "count")
     return {**plan, "units": [{k: u[k] for k in keys} for u in plan["units"]]}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return "; ".join(f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
 
 
 @contextlib.contextmanager

@@ -45,11 +45,13 @@ class Wish:
         if self.repeats == "streams" and self.to != "mds":
             raise ValueError(f"repeats as streams are for mds; {self.to} has none")
         if self.epoch is not None and (self.epoch < 0 or self.repeats != "rows"):
-            raise ValueError("an epoch is a number from 0, and its repeats are rows")
+            raise ValueError("--epoch is a number from 0, and goes with --repeats rows alone")
+        if self.seed < 0:
+            raise ValueError(f"the seed must be a whole number from 0, not {self.seed}")
         if self.packing is not None and self.to != "jsonl":
-            raise ValueError(f"packing is for jsonl; {self.to} packs in its own way")
+            raise ValueError(f"--packing is for jsonl; {self.to} packs in its own way")
         if self.unit_rows is not None and self.unit_rows < 1:
-            raise ValueError(f"a unit has at least one row, not {self.unit_rows}")
+            raise ValueError(f"unit_rows must be at least 1, got {self.unit_rows}")
 
     def content(self) -> dict[str, Any]:
         wish = asdict(self)
@@ -89,8 +91,8 @@ class Export:
             )
         if self.wish.repeats != "rows" and self.manifest.weight_kind != "repeat":
             raise ValueError(
-                f"repeats are of weights of kind 'repeat'; {self.manifest.path} has "
-                f"{self.manifest.weight_kind!r}"
+                f"--repeats {self.wish.repeats} is for weights of kind 'repeat'; "
+                f"{self.manifest.path} has {self.manifest.weight_kind!r}"
             )
         taken = {SHARD, ROW, WEIGHT, "weight"} & set(self.rows.columns)
         if taken:

@@ -15,7 +15,12 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64
 from numpy import ndarray
 
-from curate.pipeline.manifests.claim import found_again, make_free, of_manifests, writing
+from curate.pipeline.manifests.claim import (
+    found_again,
+    of_manifests,
+    refuse_operand,
+    taking_place,
+)
 from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.merge import Source, Window, windows
 from curate.pipeline.manifests.mixed_corpus import split_description
@@ -122,7 +127,9 @@ def sample(
             tokens, which manifests do not count.
     """
     if (like is None) == (budget is None):
-        raise ValueError("say how many rows to sample: a budget, or a manifest of that size")
+        raise ValueError(
+            "say how many rows to sample: --budget, or a second manifest of that size; not both"
+        )
     opened = _opened([manifest] if like is None else [manifest, like], at_least=1)
     first = opened[0]
     amount = Budget("rows", len(opened[1])) if budget is None else parse_budget(budget)
@@ -182,9 +189,8 @@ class _Request:
     ) -> Manifest:
         """Return the manifest of the rows for which `chosen` is true; two passes."""
         folder = Folder(str(self.out))
+        refuse_operand(folder, self.manifests)
         for manifest in self.manifests:
-            if manifest.folder == folder:
-                raise ValueError(f"{folder.uri} is one of the manifests to read; choose another")
             if manifest.content["schedule"] is not None:
                 log.warning(
                     "%s has a schedule, which the result has not; `curate manifest schedule` gives "
@@ -201,13 +207,13 @@ class _Request:
         if not rows:
             names = ", ".join(m.path for m in self.manifests)
             raise ValueError(f"nothing is left: {self.method} of {names} gives no row")
-        make_free(folder)
         scale = rows / total if self._is_relative and total > 0 else 1.0
-        with writing(folder):
-            files, written = write_parts(folder, self._batches(sources, chosen, scale))
-        assert written == rows, "the second pass met other rows than the first"
-        selection = {**request, "budget": {"kind": "rows", "value": rows}, "selected": rows}
-        return Manifest(folder, write_manifest(folder, self._content(selection, files)))
+        with taking_place(folder) as place:
+            files, written = write_parts(place, self._batches(sources, chosen, scale))
+            assert written == rows, "the second pass met other rows than the first"
+            selection = {**request, "budget": {"kind": "rows", "value": rows}, "selected": rows}
+            content = write_manifest(place, self._content(selection, files))
+        return Manifest(folder, content)
 
     @property
     def _is_relative(self) -> bool:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part
@@ -37,7 +39,37 @@ def found_again(folder: Folder, selection: dict[str, Any], overwrite: bool) -> M
     return None
 
 
-def make_free(folder: Folder) -> None:
+def refuse_operand(folder: Folder, manifests: Sequence[Manifest]) -> None:
+    """Raise ValueError where a new manifest would take the place of one that it is made from."""
+    for manifest in manifests:
+        if _same_place(folder, manifest.folder):
+            raise ValueError(
+                f"{folder.uri} is one of the manifests to read; choose another folder with --out"
+            )
+
+
+@contextlib.contextmanager
+def taking_place(folder: Folder) -> Iterator[Folder]:
+    """Give the block a folder to write a manifest to; what it wrote is in `folder` afterwards.
+
+    An older manifest in `folder` stays as it is until the block is through: the new one is written
+    to a temporary folder and then takes its place. A block that fails leaves no trace.
+    """
+    if NAME not in folder.names():
+        _make_free(folder)
+        with _writing(folder):
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="curate-manifest-") as name:
+        made = Folder(name)
+        yield made
+        _make_free(folder)
+        with _writing(folder):
+            for part in [*filter(is_part, made.names()), NAME]:
+                folder.replace(part, made.read(part))
+
+
+def _make_free(folder: Folder) -> None:
     """Remove a manifest and what an interrupted one left."""
     names = folder.names()
     for name in [NAME, *filter(is_part, names)]:  # the manifest first: parts alone mean nothing
@@ -46,7 +78,7 @@ def make_free(folder: Folder) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Folder) -> Iterator[None]:
+def _writing(folder: Folder) -> Iterator[None]:
     """Remove, where the block fails, the parts that it wrote and the folders that it made."""
     with vacated(folder):
         try:
@@ -68,6 +100,12 @@ def of_manifests(manifests: list[Manifest]) -> list[dict[str, Any]]:
         }
         for m in manifests
     ]
+
+
+def _same_place(a: Folder, b: Folder) -> bool:
+    if a.is_remote or b.is_remote:
+        return a == b
+    return os.path.realpath(a.uri) == os.path.realpath(b.uri)
 
 
 def _agrees(there: Any, asked: Any) -> bool:

@@ -10,7 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from curate.pipeline.manifests.algebra import Path_, first_columns, sampled
-from curate.pipeline.manifests.claim import found_again, make_free, of_manifests, writing
+from curate.pipeline.manifests.claim import (
+    found_again,
+    of_manifests,
+    refuse_operand,
+    taking_place,
+)
 from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.merge import windows
 from curate.pipeline.manifests.mixed_corpus import mix_corpora
@@ -52,6 +57,7 @@ def mix(
     opened = [p if isinstance(p, Manifest) else Manifest.open(p) for p in manifests]
     _check(opened, proportions, by, budget)
     folder = Folder(str(out))
+    refuse_operand(folder, opened)
     total = sum(proportions)
     shares = [p / total for p in proportions]
     taken = _quotas(opened, shares, budget) if by == "rows" else [len(m) for m in opened]
@@ -74,24 +80,24 @@ def mix(
     scales = [1.0] * len(opened)
     if by != "rows":
         scales = [share * sum(taken) / _sum(m) for share, m in zip(shares, opened, strict=True)]
-    make_free(folder)
-    with writing(folder):
-        batches = _batches(opened, taken, seed, scales if by != "rows" else None)
-        files, rows = write_parts(folder, batches)
     groups = {
         m.content["corpus"]["uri"]: {"of": m.corpus.rows, "kept": kept}
         for m, kept in zip(opened, taken, strict=True)
     }
-    content = {
-        "corpus": corpus.describe(),
-        "selection": {**request, "selected": rows},
-        "weight_kind": "none" if by == "rows" else by,
-        "schedule": None,
-        "groups": groups,
-        "scores": [s for m in opened for s in m.content["scores"]],
-        "files": files,
-    }
-    return Manifest(folder, write_manifest(folder, content), corpus)
+    with taking_place(folder) as place:
+        batches = _batches(opened, taken, seed, scales if by != "rows" else None)
+        files, rows = write_parts(place, batches)
+        content = {
+            "corpus": corpus.describe(),
+            "selection": {**request, "selected": rows},
+            "weight_kind": "none" if by == "rows" else by,
+            "schedule": None,
+            "groups": groups,
+            "scores": [s for m in opened for s in m.content["scores"]],
+            "files": files,
+        }
+        content = write_manifest(place, content)
+    return Manifest(folder, content, corpus)
 
 
 def _check(
@@ -103,11 +109,13 @@ def _check(
     if by not in MEANS:
         raise ValueError(f"a mixture comes about by one of: {', '.join(MEANS)}; not {by!r}")
     if budget is not None and by != "rows":
-        raise ValueError("a budget is for mixtures by rows; the others keep all rows")
+        raise ValueError("--budget is for --by rows; the other mixtures keep all rows")
     if len(manifests) < 2:
         raise ValueError("a mixture needs at least two manifests")
     if len(proportions) != len(manifests):
-        raise ValueError(f"{len(proportions)} proportions for {len(manifests)} manifests")
+        raise ValueError(
+            f"{len(proportions)} proportions for {len(manifests)} manifests; give one for each"
+        )
     if not all(isfinite(p) and p > 0 for p in proportions):
         raise ValueError(f"proportions must be positive numbers, not {list(proportions)}")
     allowed = ("none",) if by == "rows" else ("none", by)

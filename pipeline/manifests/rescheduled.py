@@ -8,7 +8,12 @@ from typing import Any
 import pyarrow as pa
 
 from curate.pipeline.manifests.algebra import Path_, first_columns
-from curate.pipeline.manifests.claim import found_again, make_free, of_manifests, writing
+from curate.pipeline.manifests.claim import (
+    found_again,
+    of_manifests,
+    refuse_operand,
+    taking_place,
+)
 from curate.pipeline.manifests.curriculum import hard_end
 from curate.pipeline.manifests.grouping import ANY, Grouping, ManifestGroups, split_group
 from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
@@ -43,8 +48,7 @@ def schedule(
     opened = manifest if isinstance(manifest, Manifest) else Manifest.open(manifest)
     refuse_rates(rule, opened.weight_kind)
     folder = Folder(str(out))
-    if folder == opened.folder:
-        raise ValueError(f"{folder.uri} is the manifest to read; choose another folder")
+    refuse_operand(folder, [opened])
     by_group, asked = split_group(rule, dict(params or {}))
     selection = opened.content["selection"]
     if rule == "curriculum":
@@ -71,19 +75,19 @@ def schedule(
     if (found := found_again(folder, request, overwrite)) is not None:
         log.info("%s holds this schedule already", folder.uri)
         return found
-    make_free(folder)
-    with writing(folder):
+    with taking_place(folder) as place:
         batches = opened.batches() if groups is None else groups.batches()
-        files, _ = write_parts(folder, map(_whole, batches))
-    if groups is not None:
-        made = make_schedule(rule, seed, epochs, {**asked, **groups.counted()})
-    content = {
-        **{k: v for k, v in opened.content.items() if k not in ("format", "version")},
-        "selection": request,
-        "schedule": schedule_content(rule, made),
-        "files": files,
-    }
-    return Manifest(folder, write_manifest(folder, content), opened.corpus)
+        files, _ = write_parts(place, map(_whole, batches))
+        if groups is not None:
+            made = make_schedule(rule, seed, epochs, {**asked, **groups.counted()})
+        content = {
+            **{k: v for k, v in opened.content.items() if k not in ("format", "version")},
+            "selection": request,
+            "schedule": schedule_content(rule, made),
+            "files": files,
+        }
+        content = write_manifest(place, content)
+    return Manifest(folder, content, opened.corpus)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.pipeline.manifests.census import CODE, Census, attached
-from curate.pipeline.manifests.claim import make_free, writing
+from curate.pipeline.manifests.claim import taking_place
 from curate.pipeline.manifests.grouping import Grouping
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
@@ -333,8 +333,7 @@ def _write(request: Request, folder: Folder) -> Manifest:
     asked = request.content["selection"]["params"]
     if request.wish is not None:
         refuse_rates(request.wish.rule, asked.get("weight_kind") or made)
-    make_free(folder)  # not before: what is refused above leaves an older manifest as it was
-    with writing(folder):
+    with taking_place(folder) as place:
         with tempfile.TemporaryDirectory(prefix="curate-weights-") as name:
             batches = _with_columns(selection, census, request)
             grouping = _grouping(request)
@@ -342,15 +341,16 @@ def _write(request: Request, folder: Folder) -> Manifest:
                 batches = _coded(batches, grouping, request.table)
             kind, clip = asked.get("weight_kind"), asked.get("clip_weights")
             weighting = Weighting(batches, made, Path(name), kind, clip)
-            files, rows = write_parts(folder, map(_named, census.keep(iter(weighting))))
+            files, rows = write_parts(place, map(_named, census.keep(iter(weighting))))
         if not rows:
             raise ValueError("no row fits the budget: the first one already exceeds it")
         content = _finished(request, selection, census, files, rows, weighting)
         if request.wish is not None:
-            with open_parquet(folder, min(files)) as part:
+            with open_parquet(place, min(files)) as part:
                 has_ranks = "rank" in part.schema_arrow.names
             content["schedule"] = request.wish.fulfilled(content, has_ranks, folder.uri, grouping)
-    manifest = Manifest(folder, write_manifest(folder, content))
+        content = write_manifest(place, content)
+    manifest = Manifest(folder, content)
     manifest.summary = census.summary()
     return manifest
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -183,6 +184,8 @@ def score(
     at `ray_address`) or `auto`. `threads` of a worker are by default one for a small model, else
     OMP_NUM_THREADS or up to eight, however many workers there are: the same bytes on either engine.
 
+    With `overwrite` an older table goes when the new run is ready for its first unit: settings,
+    columns, target, the first checkpoint's model on the first rows, and the cluster are in order.
     With `dry_run` nothing is written and the plan comes back, with a time from a few batches.
 
     Raises:
@@ -190,6 +193,8 @@ def score(
         RuntimeError: another run is at work in the folder, too many rows are bad, workers die.
     """
     _check_engine(engine, workers, num_gpus, ray_address, out)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     opened = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     setup = set_up(
         Request(
@@ -233,6 +238,8 @@ def score(
     with RunLock(folder) as lock, _unplanned_removed(folder):
         is_ours = not overwrite and refuse_other_run(folder, setup.meta, opened)
         if folder.exists(META) and not is_ours:
+            if folder.exists(UNITS):
+                _try_out(work, chosen)
             clear(folder)
         _run(replace(setup, work=work), folder, lock, chosen, unit_rows, progress)
     return ScoreTable.open(folder.uri)
@@ -265,12 +272,16 @@ class _Engine:
         """Return what workers run on: a cluster may have GPUs that this machine lacks."""
         return "cuda" if self.name != "local" and self.num_gpus else self.device()
 
+    @property
+    def is_ray(self) -> bool:
+        """Tell whether Ray was asked for, by name or by what only Ray has."""
+        several = bool(self.ray_address) or (self.workers or 1) > 1
+        return self.name == "ray" or (self.name == "auto" and several)
+
     def choose(self, seconds: float) -> str:
         """Return `local` or `ray`, and say why where that was left to us."""
-        if self.name != "auto":
-            return self.name
-        if self.ray_address or (self.workers or 1) > 1:
-            return "ray"
+        if self.name != "auto" or self.is_ray:
+            return "ray" if self.is_ray else "local"
         name = "ray" if seconds > RAY_SECONDS and (os.cpu_count() or 1) > 1 else "local"
         log.info("engine: %s, for about %s of scoring on one worker", name, duration(seconds))
         return name
@@ -354,6 +365,26 @@ def _run(
     forget_attempts(folder)
     forget_raw(folder)
     _say_end(success, folder)
+
+
+def _try_out(work: Work, engine: _Engine) -> None:
+    """Refuse what would be refused before the first unit, while an older table is still there.
+
+    As a dry run it keeps nothing, and it looks at nothing that the older run kept.
+
+    Raises:
+        ValueError: model and corpus do not fit, no row can be scored, or no cluster answers.
+        EngineError: a gradient that no path gets right.
+    """
+    with tempfile.TemporaryDirectory(prefix="curate-score-") as aside:
+        trial = replace(first_checkpoint_only(work), out=aside)
+        texts = ScoringWorker(trial, "", None).signals.texts
+        if texts is not None:
+            texts.check()
+    if engine.is_ray:
+        from curate.pipeline.ray_cluster import check_cluster
+
+        check_cluster(engine.ray_address, engine.num_gpus, "a worker", work.out)
 
 
 def _check_model(work: Work, lock: RunLock, engine: _Engine) -> tuple[Sizing, ScoringWorker | None]:

@@ -234,9 +234,16 @@ def run_training(
 ) -> list[Checkpoint]:
     """Train what is not finished of these seeds and return their checkpoints."""
     check_engine(engine)
+    check_gpus_asked(num_gpus)
     out = Folder(settings.out)
-    _claim(out, settings, overwrite)
+    is_ours = _refuse_other(out, settings, overwrite)
+    if is_ours and overwrite and engine == "ray":
+        from curate.pipeline.ray_cluster import check_cluster
+
+        check_cluster(ray_address, num_gpus, "a training", settings.out)
     with RunLock(out):
+        if is_ours and overwrite:  # not before: another process may be at work there
+            _clear(Path(out.uri))
         out.write_json(CONFIG, _config(settings))
         missing = [s for s in seeds if not is_finished(settings, s)]
         for seed in sorted({*seeds} - {*missing}):
@@ -255,7 +262,8 @@ def seed_numbers(seeds: int | Sequence[int]) -> list[int]:
     """Return the seeds meant: `3` means 0, 1, 2."""
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise ValueError(f"seeds must be a number above 0 or different numbers from 0, got {seeds}")
+        got = seeds if isinstance(seeds, int) else list(seeds)
+        raise ValueError(f"seeds must be a number above 0 or different numbers from 0, got {got}")
     return numbers
 
 
@@ -263,6 +271,12 @@ def check_engine(engine: str) -> None:
     """Raise ValueError for the name of an engine that there is not."""
     if engine not in get_args(Engine):
         raise ValueError(f"unknown engine {engine!r}; choose one of: {', '.join(get_args(Engine))}")
+
+
+def check_gpus_asked(num_gpus: int | float | None) -> None:
+    """Raise ValueError for a number of GPUs below 0."""
+    if num_gpus is not None and num_gpus < 0:
+        raise ValueError(f"num_gpus must not be negative, got {num_gpus}")
 
 
 def _opened(corpus: str | Sequence[str] | Corpus | None, manifest: str | None) -> Corpus:
@@ -335,8 +349,8 @@ def _config(settings: TrainSettings) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **settings.to_json()}
 
 
-def _claim(out: Folder, settings: TrainSettings, overwrite: bool) -> None:
-    """Make sure that `out` is this configuration's, or nobody's.
+def _refuse_other(out: Folder, settings: TrainSettings, overwrite: bool) -> bool:
+    """Return whether `out` holds a training: this one, or any that may be overwritten.
 
     Raises:
         ValueError: it holds another configuration, or something that is no training.
@@ -345,15 +359,14 @@ def _claim(out: Folder, settings: TrainSettings, overwrite: bool) -> None:
     others = [n for n in (*out.names(), *out.folders()) if not n.startswith((".", "_lock"))]
     if others and not ours:
         raise ValueError(f"{out.uri} holds something else ({others[0]}); choose another folder")
-    if ours and overwrite:
-        _clear(Path(out.uri))
-    elif ours:
+    if ours and not overwrite:
         changed = differences(out.read_json(CONFIG), _config(settings))
         if changed:
             raise ValueError(
                 f"{out.uri} was trained with another configuration ({'; '.join(changed)}); "
                 "choose another folder, or --overwrite"
             )
+    return ours
 
 
 def _clear(out: Path) -> None:

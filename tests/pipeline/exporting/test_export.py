@@ -432,8 +432,8 @@ class TestBadInput:
         for wrong, said in (
             ({"packing": "gz"}, "packing is for jsonl"),
             ({"repeats": "streams"}, "repeats as streams are for mds"),
-            ({"repeats": "column"}, "repeats are of weights of kind 'repeat'"),
-            ({"unit_rows": 0}, "at least one row"),
+            ({"repeats": "column"}, "repeats column is for weights of kind 'repeat'"),
+            ({"unit_rows": 0}, "unit_rows must be at least 1"),
             ({"epoch": -1}, "a number from 0"),
             ({"engine": "spark"}, "engine must be"),
         ):

@@ -330,7 +330,7 @@ class TestMixture:
             ([a, make_selection(kept=5, name="z")], [1, 1], {}, "of one corpus; unite them"),
             ([loss, b], [1, 1], {}, "of kind 'loss', which do not combine with a mixture by sam"),
             ([a, b], [1, 1], {"by": "magic"}, "by one of: sampling, loss, rows"),
-            ([a, b], [1, 1], {"budget": 5}, "a budget is for mixtures by rows"),
+            ([a, b], [1, 1], {"budget": 5}, "--budget is for --by rows"),
             ([a, b], [1, 1], {"by": "rows", "budget": 121}, "at most 120"),
             ([a, b], [1000, 1], {"by": "rows", "budget": 10}, "would give no row"),
         ):
