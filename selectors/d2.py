@@ -37,8 +37,8 @@ class D2(Divided):
     (by default of about 4096 rows) and a row's neighbours looked for in the `probes` cells nearest
     to it: time about n·4096·`probes`·D, at most twice that. `recall` and
     `stretch` (see NearRows) say how near to the true ones they are. Memory is a few cells', 8 bytes
-    for each neighbour of each row, 4 for each cell it looks in and some 100 for each row, and 100
-    for each row taken. Taking k rows is some k·sqrt(n) steps.
+    for each neighbour of each row, 4 for each cell it looks in and some 120 for each row. Taking k
+    rows is some k·sqrt(n) steps.
     """
 
     by: str

@@ -56,7 +56,7 @@ def near_rows(vectors: Vectors, k: int, cells: int = 1, probes: int = 8, seed: i
     may be of any scale: they are looked through once more.
 
     Memory: a run of 16 384 rows or a cell, three times, and its products; the sample of k-means;
-    8 bytes for each neighbour of a row, 4 for each cell it looks in, and some 30.
+    8 bytes for each neighbour of a row, 4 for each cell it looks in, and some 30 more.
 
     Raises:
         RuntimeError: FAISS is not installed.
@@ -64,10 +64,9 @@ def near_rows(vectors: Vectors, k: int, cells: int = 1, probes: int = 8, seed: i
     exponent = exponent_of(vectors)
     vectors = ScaledVectors(vectors, exponent)
     k, cells = min(k, vectors.rows - 1), min(cells, vectors.rows)
-    rows = np.arange(vectors.rows)
     recall = stretch = 1.0
     if cells == 1:
-        found, used = _among_all(vectors, rows, k), 1
+        found, used = _among_all(vectors, np.arange(vectors.rows), k), 1
     else:
         found, used = _among_near(vectors, k, cells, probes, seed)
         if k:
