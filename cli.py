@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 import yaml
+from typer.core import TyperCommand
 
 import curate
 
@@ -23,67 +24,207 @@ T = TypeVar("T")
 
 app = typer.Typer(
     name="curate",
-    help="Score every example of a corpus, select the part worth training on, prove it.",
+    help="Score every row of a corpus, select the part worth training on, prove it. `curate "
+    "demo` shows the whole job; `curate COMMAND --help` has examples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+DATA, WORKERS, RECIPE, OUTPUT = "Model and task", "Workers", "Training", "Output"
+TARGET, STORED = "Comparing with a target or another model", "Vectors kept beside the scores"
+WEIGHTS, SCHEDULES, GEOMETRY = "Weights", "Schedule", "Vectors, for methods that compare rows"
+
+
+class Command(TyperCommand):
+    """A command whose help has its options under the headings (`rich_help_panel`) they name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        found: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        last: list[tuple[str, str]] = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            heading = getattr(param, "rich_help_panel", None) or "Options"
+            if param.param_type_name == "argument":
+                heading = "Arguments"
+            if record is not None:
+                is_last = heading == OUTPUT or param.name == "help"
+                (last if is_last else found.setdefault(heading, [])).append(record)
+        for heading, records in [*found.items(), (OUTPUT, last)]:
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
 Corpus = Annotated[
     str,
-    typer.Argument(help="Parquet, Arrow or JSON lines: file, folder, glob, URL; or a data set."),
+    typer.Argument(
+        metavar="CORPUS",
+        help="Parquet, Arrow or JSON lines: a file, folder, glob or URL; or the name of a "
+        "Hugging Face data set.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show tracebacks.")]
+Scores = Annotated[str, typer.Argument(metavar="SCORES", help="Score folder.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say more; show tracebacks.", rich_help_panel=OUTPUT),
+]
+Out = Annotated[
+    str,
+    typer.Option("-o", "--out", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
+]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what the output folder holds; else resume.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what is in the output folder. Without it the same command goes on where it "
+        "stopped, and another is refused.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Engine = Annotated[
-    Literal["auto", "local", "ray"], typer.Option(help="This process, or Ray; auto by the size.")
+    Literal["auto", "local", "ray"],
+    typer.Option(
+        help="local: this process; ray: several workers; auto: by the size.",
+        rich_help_panel=WORKERS,
+    ),
 ]
 TrainEngine = Annotated[
-    Literal["local", "ray"], typer.Option(help="Seeds one after another, or in parallel on Ray.")
+    Literal["local", "ray"],
+    typer.Option(
+        help="local: one training after another; ray: in parallel.", rich_help_panel=WORKERS
+    ),
 ]
-RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Ray cluster to join, such as auto or HOST:6379; by default one is started here.",
+        rich_help_panel=WORKERS,
+    ),
+]
 Model = Annotated[
     str | None,
-    typer.Option(help="mlp, cnn, gpt, a Hugging Face folder, or file.py:factory."),
+    typer.Option(
+        metavar="MODEL",
+        help="mlp, cnn, gpt, a folder with a Hugging Face model, or file.py:factory. Required.",
+        rich_help_panel=DATA,
+    ),
+]
+ScoredModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Where the checkpoints do not say it: file.py:factory, or the folder of an "
+        "adapter's base model.",
+        rich_help_panel=DATA,
+    ),
 ]
 TaskName = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="image_classification, text_classification, causal_lm, tabular_classification, "
-        "or file.py:Class; guessed from the columns when unambiguous.",
+        metavar="TASK",
+        help="image_classification, text_classification, causal_lm, tabular_classification or "
+        "file.py:Class; by default the checkpoints' own, else guessed from the columns.",
+        rich_help_panel=DATA,
     ),
 ]
 TaskOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--task-option", help="KEY=VALUE for the task, such as label=y or max_length=128."
+        "--task-option",
+        metavar="KEY=VALUE",
+        help="Setting of the task, such as label=y or max_length=128; repeatable.",
+        rich_help_panel=DATA,
     ),
 ]
 ModelOption = Annotated[
     list[str] | None,
-    typer.Option("--model-option", help="KEY=VALUE for the model, such as hidden=[128,64]."),
+    typer.Option(
+        "--model-option",
+        metavar="KEY=VALUE",
+        help="Setting of the model, such as hidden=[128,64]; repeatable.",
+        rich_help_panel=DATA,
+    ),
 ]
 RowLoss = Annotated[
-    str | None, typer.Option(help="mean or sum over a row's target tokens (language only).")
+    Literal["mean", "sum"] | None,
+    typer.Option(
+        help="Language: a row's loss over its target tokens; by default as the checkpoints were "
+        "trained, else mean.",
+        rich_help_panel=DATA,
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Split = Annotated[str | None, typer.Option(help="Split of a datasets folder or hub data set.")]
-Optimizer = Annotated[Literal["adamw", "sgd"], typer.Option(help="Update rule.")]
-Schedule = Annotated[Literal["cosine", "constant"], typer.Option(help="Of the learning rate.")]
+Seed = Annotated[int, typer.Option(help="Whole number from 0 that fixes everything random.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which split of CORPUS, where it has several: train, say.",
+        rich_help_panel=DATA,
+    ),
+]
+Optimizer = Annotated[
+    Literal["adamw", "sgd"], typer.Option(help="Update rule.", rich_help_panel=RECIPE)
+]
+Schedule = Annotated[
+    Literal["cosine", "constant"],
+    typer.Option(help="Learning rate after the warm-up.", rich_help_panel=RECIPE),
+]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Rows per step; by default usual for the model.")
+    int | None,
+    typer.Option(help="Rows per step; by default usual for the model.", rich_help_panel=RECIPE),
 ]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-WeightDecay = Annotated[float | None, typer.Option(help="By default usual for the model.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        help="Peak learning rate; by default usual for the model.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Warmup = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the steps, from 0 to below 1, in which the rate rises; by default usual "
+        "for the model.",
+        rich_help_panel=RECIPE,
+    ),
+]
+WeightDecay = Annotated[
+    float | None,
+    typer.Option(help="From 0; by default usual for the model.", rich_help_panel=RECIPE),
+]
+Epochs = Annotated[
+    int,
+    typer.Option(
+        help="Length, in epochs over the full corpus; see --match for subsets.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Length in steps, instead of --epochs.", rich_help_panel=RECIPE),
+]
 Match = Annotated[
-    Literal["steps", "epochs"], typer.Option(help="Subsets train for equal steps or epochs.")
+    Literal["steps", "epochs"],
+    typer.Option(
+        help="A subset trains for as many steps as the full corpus, or as many epochs.",
+        rich_help_panel=RECIPE,
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; small models want 1.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="CPU threads of a process; by default 1 for a small model, else more.",
+        rich_help_panel=WORKERS,
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -97,12 +238,12 @@ def root(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option("-o", "--out", help="Run folder.")] = "run",
-    seeds: Annotated[int, typer.Option(help="Proxy runs.")] = 10,
+    out: Out = "run",
+    seeds: Annotated[int, typer.Option(help="Proxies to train, one per seed.")] = 10,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """The whole job on bundled real data, in minutes, ending in a report."""
+    """Do the whole job on bundled real data, in minutes."""
     _talk(verbose)
     from curate.pipeline.demo import run_demo
 
@@ -110,55 +251,89 @@ def demo(
     _print(summary, as_json, lambda s: s["text"])
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     corpus: Annotated[
-        str | None, typer.Argument(help="What to train on; by default the manifest's own.")
+        str | None,
+        typer.Argument(metavar="CORPUS", help="What to train on; by default the manifest's own."),
     ] = None,
     model: Model = None,
-    manifest: Annotated[str | None, typer.Option(help="Train on this selection.")] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Train on this selection; by default on all rows."),
+    ] = None,
     task: TaskName = None,
     task_option: TaskOption = None,
     model_option: ModelOption = None,
     row_loss: RowLoss = None,
     split: Split = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs, one per seed.")] = 3,
-    first_seed: Annotated[int, typer.Option("--seed", help="The first run's seed.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Epochs over the full corpus.")] = 10,
-    steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
-    save_epochs: Annotated[str | None, typer.Option(help="Such as 0,1,5; 0 is untrained.")] = None,
-    save_steps: Annotated[str | None, typer.Option(help="Such as 0,100,500.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many trainings, one per seed.")] = 3,
+    first_seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the first; the others count on.")
+    ] = 0,
+    epochs: Epochs = 10,
+    steps: Steps = None,
+    save_epochs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Epochs with a checkpoint, such as 0,1,5; 0 is untrained. By default a fifth, a "
+            "half and the end.",
+        ),
+    ] = None,
+    save_steps: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Steps with one, such as 0,100,500.")
+    ] = None,
     match: Match = "steps",
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     optimizer: Optimizer = "adamw",
     schedule: Schedule = "cosine",
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps to warm up.")] = None,
+    warmup: Warmup = None,
     weight_decay: WeightDecay = None,
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the forward pass; by default the device's best."),
+        typer.Option(
+            help="Of the forward pass; by default bfloat16 on GPUs that have it, else float32.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     pack: Annotated[
-        bool, typer.Option(help="Language: pack documents into full contexts.")
+        bool,
+        typer.Option("--pack", help="Language: put documents end to end.", rich_help_panel=RECIPE),
     ] = False,
     save_moments: Annotated[
         bool,
-        typer.Option("--save-moments", help="Keep Adam's moments, for LESS and curvature=adam."),
+        typer.Option(
+            "--save-moments",
+            help="Write Adam's moments beside the weights, for mode=less and curvature=adam.",
+        ),
     ] = False,
     null_input: Annotated[
-        bool, typer.Option("--null-input", help="Train on empty inputs: a reference for pvi.")
+        bool,
+        typer.Option(
+            "--null-input", help="Show the model empty inputs: a reference for the scorer pvi."
+        ),
     ] = False,
     engine: TrainEngine = "local",
     ray_address: RayAddress = None,
-    num_gpus: Annotated[float | None, typer.Option(help="GPUs per run.")] = None,
+    num_gpus: Annotated[
+        float | None,
+        typer.Option(help="GPUs of a training; by default 1 on GPUs.", rich_help_panel=WORKERS),
+    ] = None,
     threads: Threads = None,
-    out: Annotated[str, typer.Option("-o", "--out", help="Checkpoint folder.")] = "run/checkpoints",
+    out: Out = "run/checkpoints",
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train proxies, or the final model on a manifest; save checkpoints."""
+    """Train proxies, or the final model on a selection.
+
+    \b
+    Examples:
+      curate train data/train --model cnn --seeds 3 --save-epochs 1,2,5
+      curate train --model cnn --manifest run/manifest -o run/final
+    """
     _talk(verbose)
     from curate.pipeline.training.train import train as run
 
@@ -196,75 +371,160 @@ def train(
     _print(result, as_json, lambda r: "\n".join(r["checkpoints"]))
 
 
-@app.command()
+@app.command(cls=Command)
 def score(
     context: typer.Context,
     corpus: Corpus,
     checkpoints: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint folders or a folder of them; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Checkpoints or folders of them, one or several; by default run/checkpoints.",
+        ),
     ] = None,
     scorer: Annotated[
         list[str] | None,
-        typer.Option(help="el2n,grand or ALIAS=self_influence(params=head); repeatable."),
+        typer.Option(
+            metavar="SCORER",
+            help="What to compute: names such as el2n,grand, with settings as in "
+            "head=self_influence(params=head), head being the column. Required unless vectors "
+            "are kept; repeatable. docs/scorers.md lists all.",
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Corpus that grad_similarity compares rows with.")
+        str | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="Clean corpus for grad_similarity, influence, dsir, gio and --top-rows.",
+            rich_help_panel=TARGET,
+        ),
     ] = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoints of another model, which rho, pvi, ... compare with."),
+        typer.Option(
+            metavar="DIR",
+            help="Checkpoint of another model, for rho, pvi, loss_change and select_weights; "
+            "repeatable.",
+            rich_help_panel=TARGET,
+        ),
     ] = None,
     target_group: Annotated[
         str | None,
-        typer.Option(help="Column of its groups, or none; its classes by default."),
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the target that groups its rows, or none for one group; by default "
+            "its classes.",
+            rich_help_panel=TARGET,
+        ),
     ] = None,
     sketch: Annotated[
         str | None,
-        typer.Option(help="Store gradient sketches: 32x32 per parameter, or 4096 of the whole."),
+        typer.Option(
+            metavar="SIZE",
+            help="Gradient sketches: 32x32 numbers of every parameter, or 4096 of the whole "
+            "gradient.",
+            rich_help_panel=STORED,
+        ),
     ] = None,
     store: Annotated[
         list[str] | None,
-        typer.Option(help="Store rows' vectors: embedding, probs, sketch; repeatable."),
+        typer.Option(
+            metavar="NAME",
+            help="embedding, probs or sketch, as in embedding,probs; repeatable.",
+            rich_help_panel=STORED,
+        ),
     ] = None,
     top_rows: Annotated[
         int | None,
-        typer.Option(help="List each target row's nearest and farthest rows, this many of each."),
+        typer.Option(
+            help="For each row of --target, list so many rows nearest to it and farthest from it.",
+            rich_help_panel=STORED,
+        ),
     ] = None,
     similarity: Annotated[
-        Literal["cosine", "dot"], typer.Option(help="By which --top-rows compares gradients.")
+        Literal["cosine", "dot"],
+        typer.Option(help="How --top-rows compares gradients.", rich_help_panel=STORED),
     ] = "cosine",
     keep: Annotated[
-        list[str] | None, typer.Option(help="Corpus columns to copy; the label by default.")
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Corpus columns to copy, such as label,lang; by default the label; repeatable.",
+        ),
     ] = None,
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Also write the score per checkpoint.")
+        bool, typer.Option("--keep-checkpoints", help="Also write each checkpoint's score.")
     ] = False,
     keep_groups: Annotated[
-        bool, typer.Option("--keep-groups", help="Also write the score per group of the target.")
+        bool,
+        typer.Option(
+            "--keep-groups",
+            help="Also write the score of each group of the target.",
+            rich_help_panel=TARGET,
+        ),
     ] = False,
-    model: Model = None,
+    model: ScoredModel = None,
     task: TaskName = None,
     task_option: TaskOption = None,
     row_loss: RowLoss = None,
     split: Split = None,
     engine: Engine = "auto",
-    workers: Annotated[int | None, typer.Option(help="Scoring workers on Ray.")] = None,
-    num_gpus: Annotated[float | None, typer.Option(help="GPUs per worker.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="On Ray; by default as many as fit.", rich_help_panel=WORKERS),
+    ] = None,
+    num_gpus: Annotated[
+        float | None,
+        typer.Option(
+            help="GPUs of a worker; 0: none. By default 1 where there are some.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None,
     ray_address: RayAddress = None,
-    batch_rows: Annotated[int | None, typer.Option(help="Rows per batch.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Token budget of a batch.")] = None,
-    unit_rows: Annotated[int | None, typer.Option(help="Rows per unit of work.")] = None,
+    batch_rows: Annotated[
+        int | None,
+        typer.Option(help="Most rows in a batch; by default 256.", rich_help_panel=WORKERS),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens in a batch, with padding; by default 8192.", rich_help_panel=WORKERS
+        ),
+    ] = None,
+    unit_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of a unit, which is kept or lost whole when a run is killed; by default "
+            "by the time they take.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None,
     max_bad_rows: Annotated[
-        int | None, typer.Option(help="Stop beyond this many; default max(10, 0.1 %).")
+        int | None,
+        typer.Option(
+            help="Stop when more rows cannot be scored; by default 0.1%, at least 10.",
+        ),
     ] = None,
     threads: Threads = None,
-    out: Annotated[str, typer.Option("-o", "--out", help="Score folder.")] = "run/scores",
+    out: Out = "run/scores",
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would run; write nothing.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score every row of a corpus; run it again to resume."""
+    """Score every row of a corpus; run it again to resume.
+
+    \b
+    Examples:
+      curate score data/train --scorer el2n,grand
+      curate score data/train --scorer grad_similarity --target data/clean
+      curate score data/train --store embedding --sketch 32x32
+    """
     _talk(verbose)
     from curate.pipeline.reporting.inspect import inspect as look
     from curate.pipeline.reporting.listing import format_text
@@ -274,7 +534,9 @@ def score(
     result = run(
         _corpus(corpus, split),
         checkpoints=checkpoints or None,
-        scorers=scorer or [] if sketch or store or top_rows else _required(scorer, "--scorer"),
+        scorers=scorer or []
+        if sketch or store or top_rows is not None
+        else _required(scorer, "--scorer"),
         target=target,
         target_group=target_group,
         reference=reference,
@@ -309,12 +571,14 @@ def score(
         raise typer.Exit(3)
 
 
-app.command(name="plan", help="Say what `curate score` would run: rows, units and time.")(score)
+app.command(name="plan", cls=Command, help="Say what `curate score` would run: rows, units, time.")(
+    score
+)
 
 
 @app.command()
 def index(
-    scores: Annotated[str, typer.Argument(help="Score folder.")] = "run/scores",
+    scores: Scores = "run/scores",
     store: Annotated[
         Literal["sketch", "embedding", "probs"], typer.Option(help="Vectors to index.")
     ] = "embedding",
@@ -323,17 +587,28 @@ def index(
     ] = "cosine",
     kind: Annotated[
         Literal["auto", "flat", "ivfpq"],
-        typer.Option(help="flat is exact; auto is flat while it fits in memory."),
+        typer.Option(help="flat: exact; ivfpq: approximate, small; auto: flat within --memory."),
     ] = "auto",
-    memory: Annotated[float, typer.Option(help="GiB that auto may take.")] = 4.0,
-    near: Annotated[str | None, typer.Option(help="SHARD:ROW whose nearest rows to show.")] = None,
-    neighbors: Annotated[int, typer.Option("-k", "--neighbors", help="How many to show.")] = 10,
+    memory: Annotated[float, typer.Option(help="GiB that a flat index may take.")] = 4.0,
+    near: Annotated[
+        str | None, typer.Option(metavar="SHARD:ROW", help="Row whose nearest to show.")
+    ] = None,
+    neighbors: Annotated[
+        int, typer.Option("-k", "--neighbors", help="How many --near shows.")
+    ] = 10,
     seed: Seed = 0,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make the index again if it is there.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Index stored vectors for nearest-neighbour search; show a row's neighbours."""
+    """Index stored vectors; show the rows nearest to one.
+
+    \b
+    Example:
+      curate index run/scores --store embedding --near 0:12
+    """
     _talk(verbose)
     from curate.pipeline.reporting.listing import format_text
     from curate.pipeline.stores.index import build_index
@@ -351,68 +626,147 @@ def index(
     _print(index_summary(made, near, neighbors), as_json, format_text)
 
 
-@app.command()
+@app.command(cls=Command)
 def select(
-    scores: Annotated[str, typer.Argument(help="Score folder.")] = "run/scores",
+    scores: Scores = "run/scores",
     by: Annotated[
         str | None,
         typer.Option(
-            help="Score column (the only one by default), or 0.7*rank(el2n) - 0.3*z(aum)."
+            metavar="SCORE",
+            help="Column of the score table (by default the only one), or an expression in "
+            "quotes, such as '0.7*rank(el2n) - 0.3*z(aum)'.",
         ),
     ] = None,
     direction: Annotated[
-        Literal["high", "low"] | None, typer.Option(help="End to keep; the scorer's by default.")
+        Literal["high", "low"] | None,
+        typer.Option(help="End of the score to keep; by default its scorer's."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="0.5 or 50% of the rows, 10000 rows, or 2e9tok tokens.")
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="How much to keep: 0.5 or 50% of all rows, 10000 rows, or 2e9tok tokens. "
+            "Required, but for threshold, semdedup, exact and gio.",
+        ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How to choose: keep, top, ...; docs/selectors.md lists them.")
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="How to choose: keep (the end that the scorer's source keeps), top, bottom, "
+            "window, random, ccs, balanced, importance, kcenter, semdedup, gio, ...; "
+            "docs/selectors.md lists all with their settings.",
+        ),
     ] = "keep",
     by_group: Annotated[
-        str | None, typer.Option(help="Column of classes, languages or domains to budget by.")
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Divide the budget among the values of this column of the score table (`curate "
+            "score --keep COLUMN`); in proportion unless --param group_shares=equal.",
+        ),
     ] = None,
     param: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of the method, such as by_group=label.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Setting of the method, such as strata=20; repeatable."
+        ),
     ] = None,
-    drop_top: Annotated[str, typer.Option(help="Drop this share or count of the top first.")] = "0",
+    drop_top: Annotated[
+        str,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Drop so much first, from the end that is kept (ccs: the hard end): a share such "
+            "as 0.1 or 10%, or a number of rows.",
+        ),
+    ] = "0",
     offset: Annotated[
-        str | None, typer.Option(help="window: where it starts in ascending order, from 0.")
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="window: how much of the lowest scores to leave out, a share or a number of rows.",
+        ),
     ] = None,
     include_errors: Annotated[
-        bool, typer.Option("--include-errors", help="Rows that could not be scored may be kept.")
+        bool, typer.Option("--include-errors", help="Let rows be chosen that could not be scored.")
     ] = False,
     weight_kind: Annotated[
         Literal["loss", "sampling", "repeat"] | None,
-        typer.Option(help="What weights are to mean; as the method makes them by default."),
+        typer.Option(
+            help="loss: multiplies a row's loss; sampling: rate of drawing it; repeat: how often "
+            "it comes. By default as the method makes them.",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
     clip_weights: Annotated[
-        float | None, typer.Option(help="Cut weights at this many times their mean.")
+        float | None,
+        typer.Option(
+            help="Cap weights at so many times their mean, such as 5; by default none.",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="What epochs show: rs2, curriculum or cooldown.")
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="What each epoch shows: rs2, curriculum or cooldown; by default all.",
+            rich_help_panel=SCHEDULES,
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Length of the scheduled training.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs of that training; curriculum and cooldown need it.",
+            rich_help_panel=SCHEDULES,
+        ),
+    ] = None,
     schedule_param: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of the schedule, such as fraction=0.1.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Setting of the rule, such as fraction=0.1; repeatable.",
+            rich_help_panel=SCHEDULES,
+        ),
     ] = None,
     vectors: Annotated[
         str | None,
-        typer.Option(help="embedding, sketch, column:NAME, FILE.npy or encoder:FOLDER."),
+        typer.Option(
+            metavar="SOURCE",
+            help="embedding, sketch or probs (kept by `curate score`), column:NAME, FILE.npy, "
+            "encoder:FOLDER, or hash:NAME for exact.",
+            rich_help_panel=GEOMETRY,
+        ),
     ] = None,
     target_vectors: Annotated[
-        str | None, typer.Option(help="Vectors of the rows to compare with, named likewise.")
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Vectors of a target's rows, named likewise, for methods that take a target.",
+            rich_help_panel=GEOMETRY,
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Their corpus; the score run's target by default.")
+        str | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="Where these lie (column:, encoder:); by default the score run's target.",
+            rich_help_panel=GEOMETRY,
+        ),
     ] = None,
     seed: Seed = 0,
-    out: Annotated[str, typer.Option("-o", "--out", help="Manifest folder.")] = "run/manifest",
+    out: Out = "run/manifest",
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Select rows by score under a budget and write a manifest."""
+    """Select rows under a budget and write a manifest.
+
+    \b
+    Examples:
+      curate select --by el2n --budget 0.5
+      curate select --by el2n --budget 10000 --method ccs --drop-top 10%
+      curate select --budget 20% --method kcenter --vectors embedding
+    """
     _talk(verbose)
     from curate.pipeline.manifests.select import select as run
     from curate.pipeline.manifests.selection_summary import summary_text
@@ -443,40 +797,68 @@ def select(
     _print(manifest.describe(), as_json, summary_text)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
-    manifest: Annotated[str, typer.Argument(help="Manifest folder.")] = "run/manifest",
+    manifest: Annotated[
+        str, typer.Argument(metavar="MANIFEST", help="Manifest folder.")
+    ] = "run/manifest",
     to: Annotated[
         str | None,
-        typer.Option(help="parquet, jsonl, datasets, mds, webdataset or megatron."),
+        typer.Option(
+            metavar="FORMAT",
+            help="parquet, jsonl, datasets, mds, webdataset or megatron. Required.",
+        ),
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(help="Corpus columns to copy, such as text,label; all by default.")
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Corpus columns to copy, such as text,label; by default all."
+        ),
     ] = None,
     epoch: Annotated[
         int | None,
-        typer.Option(help="Write what this epoch shows: draws, repeats, schedule, order."),
+        typer.Option(
+            help="Write what the loader shows in this epoch, from 0, in its order: draws, repeats, "
+            "schedule. By default each row once, in corpus order."
+        ),
     ] = None,
     repeats: Annotated[
         Literal["rows", "column", "streams"],
-        typer.Option(help="Repeat weights: rows repeated, a column of counts, or MDS streams."),
+        typer.Option(
+            help="With repeat weights: write a row so often, or once with its count in `weight`, "
+            "or (mds) in a stream for each count."
+        ),
     ] = "rows",
     packing: Annotated[
         Literal["none", "gz", "zst"] | None,
-        typer.Option(help="Of JSON lines; by default as the corpus's."),
+        typer.Option(help="jsonl: how files are packed; by default as the corpus's."),
     ] = None,
-    corpus: Annotated[str | None, typer.Option(help="Where the data is now, if it moved.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(metavar="CORPUS", help="Where the data is now, if it moved."),
+    ] = None,
     engine: Engine = "auto",
-    workers: Annotated[int | None, typer.Option(help="Units at a time on Ray.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="On Ray; by default one per CPU.", rich_help_panel=WORKERS),
+    ] = None,
     ray_address: RayAddress = None,
-    unit_rows: Annotated[int | None, typer.Option(help="Rows per output file.")] = None,
+    unit_rows: Annotated[
+        int | None, typer.Option(help="Rows of an output file; by default some 64 MB of them.")
+    ] = None,
     seed: Seed = 0,
-    out: Annotated[str, typer.Option("-o", "--out", help="Output folder.")] = "run/export",
+    out: Out = "run/export",
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Copy a selection's rows with their weights into a trainer's format."""
+    """Copy a selection's rows into a trainer's format.
+
+    \b
+    Examples:
+      curate export run/manifest --to parquet
+      curate export run/manifest --to mds --epoch 0 -o run/epoch-0
+    """
     _talk(verbose)
     from curate.pipeline.exporting.export import export as run
 
@@ -500,15 +882,23 @@ def export(
 
 
 manifests = typer.Typer(
-    no_args_is_help=True, help="Combine selections: union, intersect, subtract, sample, mix, ..."
+    no_args_is_help=True, help="Combine selections, sample of one, mix corpora, schedule."
 )
 app.add_typer(manifests, name="manifest")
 
-Selections = Annotated[list[str], typer.Argument(help="Manifest folders.")]
-Combined = Annotated[str | None, typer.Option("-o", "--out", help="Folder of the new manifest.")]
+Selections = Annotated[
+    list[str], typer.Argument(metavar="MANIFEST", help="Manifest folders, two or more.")
+]
+Combined = Annotated[
+    str | None,
+    typer.Option("-o", "--out", metavar="DIR", help="Folder of the new manifest. Required."),
+]
 WeightRule = Annotated[
     Literal["first", "last", "sum", "max", "min"] | None,
-    typer.Option(help="Whose weight wins; first by default, for repeats sum (of all) or min."),
+    typer.Option(
+        help="What a row weighs that several hold; by default first, of repeat weights sum in a "
+        "union and min in an intersection."
+    ),
 ]
 
 
@@ -521,7 +911,12 @@ def union(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Keep the rows that any of the selections keeps."""
+    """Keep the rows that any of the selections keeps.
+
+    \b
+    Example:
+      curate manifest union run/a run/b -o run/union
+    """
     _talk(verbose)
     from curate.pipeline.manifests.algebra import union as run
 
@@ -552,7 +947,7 @@ def subtract(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Keep the rows of the first selection that none of the others keeps."""
+    """Keep the first one's rows that no other keeps."""
     _talk(verbose)
     from curate.pipeline.manifests.algebra import subtract as run
 
@@ -561,18 +956,27 @@ def subtract(
 
 @manifests.command()
 def sample(
-    path: Annotated[str, typer.Argument(help="Manifest folder.")],
+    path: Annotated[str, typer.Argument(metavar="MANIFEST", help="Manifest folder.")],
     like: Annotated[
-        str | None, typer.Argument(help="As many rows as this manifest keeps; else --budget.")
+        str | None,
+        typer.Argument(metavar="LIKE", help="A manifest of the size wanted; else give --budget."),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="0.5 or 50% of its rows, or 10000.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="AMOUNT", help="0.5 or 50% of its rows, or 10000 rows."),
+    ] = None,
     seed: Seed = 0,
     out: Combined = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Keep a random part of a selection."""
+    """Keep a random part of a selection.
+
+    \b
+    Example:
+      curate manifest sample run/manifest --budget 10% -o run/tenth
+    """
     _talk(verbose)
     from curate.pipeline.manifests.algebra import sample as run
 
@@ -584,20 +988,34 @@ def sample(
 def mix(
     paths: Selections,
     proportions: Annotated[
-        str | None, typer.Option(help="Such as 0.7,0.3; relative to their sum.")
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="One for each manifest, such as 0.7,0.3; relative to their sum. Required.",
+        ),
     ] = None,
     by: Annotated[
         Literal["sampling", "loss", "rows"],
-        typer.Option(help="By sampling weights, loss weights, or leaving rows out."),
+        typer.Option(help="By weights of this kind, or by leaving rows out at random."),
     ] = "sampling",
-    budget: Annotated[str | None, typer.Option(help="Rows in all, with --by rows.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS", help="With --by rows: rows in all; by default as many as there can be."
+        ),
+    ] = None,
     seed: Seed = 0,
     out: Combined = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Put selections of several corpora into one manifest, in proportions."""
+    """Mix selections of several corpora in proportions.
+
+    \b
+    Example:
+      curate manifest mix run/web run/code --proportions 0.7,0.3 -o run/mixture
+    """
     _talk(verbose)
     from curate.pipeline.manifests.mixture import mix as run
 
@@ -620,11 +1038,19 @@ def mix(
 
 @manifests.command()
 def schedule(
-    path: Annotated[str, typer.Argument(help="Manifest folder.")],
-    rule: Annotated[str | None, typer.Option(help="rs2, curriculum or cooldown.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Length of the training.")] = None,
+    path: Annotated[str, typer.Argument(metavar="MANIFEST", help="Manifest folder.")],
+    rule: Annotated[
+        str | None,
+        typer.Option(metavar="RULE", help="rs2, curriculum or cooldown. Required."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of the training; curriculum and cooldown need it.")
+    ] = None,
     param: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of the rule, such as fraction=0.1.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Setting of the rule, such as fraction=0.1; repeatable."
+        ),
     ] = None,
     seed: Seed = 0,
     out: Combined = None,
@@ -632,7 +1058,12 @@ def schedule(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Give a selection a schedule: what each epoch shows of it."""
+    """Say what each epoch shows of a selection.
+
+    \b
+    Example:
+      curate manifest schedule run/manifest --rule rs2 -o run/rs2
+    """
     _talk(verbose)
     from curate.pipeline.manifests.rescheduled import schedule as run
 
@@ -653,39 +1084,54 @@ def _made(manifest: Any, as_json: bool) -> None:
     _print(manifest.describe(), as_json, lambda m: f"{len(manifest)} rows: {m['path']}")
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     corpus: Annotated[
-        str | None, typer.Argument(help="All the data; by default the manifests' own.")
+        str | None,
+        typer.Argument(metavar="CORPUS", help="All the data; by default the manifests' own."),
     ] = None,
-    manifest: Annotated[list[str] | None, typer.Option(help="Manifest folder; repeatable.")] = None,
-    test: Annotated[str | None, typer.Option(help="Corpus to test on.")] = None,
+    manifest: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="Selections, one or several; by default run/manifest."),
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="CORPUS", help="What to test on. Required.")
+    ] = None,
     model: Model = None,
     task: TaskName = None,
     task_option: TaskOption = None,
     model_option: ModelOption = None,
     row_loss: RowLoss = None,
     split: Split = None,
-    test_split: Annotated[str | None, typer.Option(help="Split of the test data set.")] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each subset.")] = 5,
-    epochs: Annotated[int, typer.Option(help="Epochs over the full corpus.")] = 10,
-    steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
+    test_split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Split of --test.", rich_help_panel=DATA)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each arm: subset, random, all.")] = 5,
+    epochs: Epochs = 10,
+    steps: Steps = None,
     match: Match = "steps",
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     optimizer: Optimizer = "adamw",
     schedule: Schedule = "cosine",
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps to warm up.")] = None,
+    warmup: Warmup = None,
     weight_decay: WeightDecay = None,
     engine: TrainEngine = "local",
     ray_address: RayAddress = None,
     threads: Threads = None,
-    out: Annotated[str, typer.Option("-o", "--out", help="Result folder.")] = "run/evaluate",
+    out: Out = "run/evaluate",
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train on each subset, a random one of its size, and all; compare on a test corpus."""
+    """Train on subsets, random ones of their size, and all.
+
+    The results on a test corpus stand side by side, with intervals over the seeds.
+
+    \b
+    Example:
+      curate evaluate --manifest run/a run/b --model cnn --test data/test
+    """
     _talk(verbose)
     from curate.pipeline.evaluation.evaluate import evaluate as run
     from curate.pipeline.evaluation.evaluate_report import format_report
@@ -719,7 +1165,10 @@ def evaluate(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Corpus, checkpoint, score or manifest folder, run.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A corpus, or the folder of a run or of any result."),
+    ],
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -733,7 +1182,7 @@ def inspect(
 
 @app.command()
 def verify(
-    path: Annotated[str, typer.Argument(help="Score folder, manifest, checkpoint or run.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a run or of any result.")],
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -750,7 +1199,7 @@ def verify(
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(help="Run folder.")] = "run",
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")] = "run",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -764,8 +1213,11 @@ def status(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(help="Run folder.")] = "run",
-    out: Annotated[str | None, typer.Option("-o", "--out", help="HTML file.")] = None,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")] = "run",
+    out: Annotated[
+        str | None,
+        typer.Option("-o", "--out", metavar="FILE", help="HTML file; by default RUN/report.html."),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -778,7 +1230,9 @@ def report(
 
 @app.command(name="run")
 def run_(
-    recipe: Annotated[str, typer.Argument(help="YAML file: corpus, run and the stages.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file: corpus, run folder and the stages.")
+    ],
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -799,7 +1253,8 @@ def main() -> None:
     """Run the command line; an error is one sentence, with a traceback only under -v."""
     try:
         with _stoppable():
-            app(_spread(sys.argv[1:]))
+            code = app(_spread(sys.argv[1:]), standalone_mode=False)
+        sys.exit(code or 0)
     except ValueError as error:
         _fail(error, 2)
     except Stopped as stopped:
@@ -807,6 +1262,8 @@ def main() -> None:
     except (RuntimeError, OSError) as error:
         _fail(error, 1)
     except Exception as error:
+        if hasattr(error, "format_message"):
+            _misused(error)
         _fail(f"internal error, {type(error).__name__}: {error}; -v shows where", 1, error)
 
 
@@ -865,6 +1322,17 @@ def _spread(arguments: list[str]) -> list[str]:
     return spread
 
 
+def _misused(error: Any) -> None:
+    """Tell in one sentence what is wrong with a command line, and where to look."""
+    said = error.format_message()
+    if "\n" in said:  # the help, of a command without its arguments
+        print(said, file=sys.stderr)
+        sys.exit(2)
+    said = said.replace("Value error, ", "").replace(". Did you mean", "; did you mean").rstrip(".")
+    where = f"; `{error.ctx.command_path} --help` explains it" if error.ctx else ""
+    _fail(f"{said[0].lower()}{said[1:]}{where}", 2)
+
+
 def _fail(error: Exception | str, code: int, cause: Exception | None = None) -> None:
     cause = error if isinstance(error, Exception) else cause
     if logging.getLogger("curate").level == logging.DEBUG and cause is not None:
@@ -888,7 +1356,9 @@ def _print(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
 
 def _required(value: T | None, flag: str) -> T:
     if value is None:
-        raise ValueError(f"{flag} is missing; `curate {sys.argv[1]} --help` explains it")
+        named = [word for word in sys.argv[1:] if not word.startswith("-")]
+        command = " ".join(named[: 2 if named[:1] == ["manifest"] else 1])
+        raise ValueError(f"{flag} is missing; `curate {command} --help` explains it")
     return value
 
 

@@ -5,8 +5,9 @@ Plug-ins add names through the entry-point group `curate.scorers`.
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, fields
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -87,15 +88,21 @@ def scorer_from_spec(spec: dict[str, Any]) -> "Scorer":
     """
     home = {**_plugins(), **SCORERS}.get(spec["name"])
     if home is None:
-        known = ", ".join(scorer_names())
-        raise ValueError(f"unknown scorer {spec['name']!r}; choose from: {known}")
+        known = scorer_names()
+        raise ValueError(
+            f"unknown scorer {spec['name']!r}; choose from: {', '.join(known)}"
+            + _did_you_mean(spec["name"], known)
+        )
     module, _, name = home.partition(":")
     cls = getattr(import_module(module), name)
     known_fields = [f.name for f in fields(cls)]
     for key in spec["params"]:
         if key not in known_fields:
             takes = ", ".join(known_fields) or "no parameters"
-            raise ValueError(f"scorer {spec['name']!r} has no parameter {key!r}; it takes: {takes}")
+            raise ValueError(
+                f"scorer {spec['name']!r} has no parameter {key!r}; it takes: {takes}"
+                + _did_you_mean(key, known_fields)
+            )
     for absent in (f.name for f in fields(cls) if _is_required(f) and f.name not in spec["params"]):
         raise ValueError(
             f"scorer {spec['name']!r} needs {absent}: write {spec['name']}({absent}=VALUE)"
@@ -171,3 +178,8 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 import pyarrow as pa
 
 from curate.selectors.protocol import Budget, Table
+from curate.selectors.settings import did_you_mean
 
 _WRITTEN = "a fraction such as 0.5 or 50%, a number of rows such as 10000, or 2e9tok tokens"
 _NUMBER = re.compile(r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
@@ -94,8 +95,11 @@ def check_tokens(amount: int, supply: int) -> None:
 def need_columns(table: Table, columns: "frozenset[str]") -> None:
     """Raise ValueError naming a column that the table lacks."""
     for name in sorted(columns - set(table.schema.names)):
-        have = ", ".join(table.schema.names)
-        raise ValueError(f"the score table has no column {name!r}; it has: {have}")
+        have = table.schema.names
+        raise ValueError(
+            f"the score table has no column {name!r}; it has: {', '.join(have)}"
+            + did_you_mean(name, have)
+        )
 
 
 def need_score(table: Table, column: str) -> None:

@@ -75,7 +75,7 @@ class Choice(ByGroup):
             ValueError: more tokens than there are (unless `may_fall_short`), or none counted.
         """
         ordering = self.counted(ordering, budget)
-        skip = share_of_rows(drop, ordering.table.rows, "the part to drop")
+        skip = share_of_rows(drop, ordering.table.rows, "drop_top (or offset)")
         budgets = self.budgets
         if budgets is not None or ordering.by_tokens:
             ordering, skip = without_first(ordering, skip), 0

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from curate.selectors.protocol import Selector
-from curate.selectors.settings import made
+from curate.selectors.settings import did_you_mean, made
 
 SELECTORS = {
     "balanced": "curate.selectors.balanced:Balanced",
@@ -49,6 +49,10 @@ SELECTORS = {
 }
 
 
+_INNER = ("carry", "ranked")
+"""Fields that the pipeline fills in; nobody sets them."""
+
+
 def selector_names() -> list[str]:
     """Return every known name: built-in first, then plug-ins."""
     return sorted(SELECTORS) + sorted(_plugins().keys() - SELECTORS.keys())
@@ -80,8 +84,11 @@ def make_selector(name: str, **params: Any) -> Selector:
     known = [f.name for f in fields(cls)]
     for key in params:
         if key not in known:
-            takes = ", ".join(known)
-            raise ValueError(f"method {name!r} has no parameter {key!r}; it takes: {takes}")
+            takes = [field for field in known if field not in _INNER]
+            raise ValueError(
+                f"method {name!r} has no parameter {key!r}; it takes: {', '.join(takes)}"
+                + did_you_mean(key, takes)
+            )
     selector: Selector = made(f"method {name!r}", cls, params)
     return selector
 
@@ -89,8 +96,10 @@ def make_selector(name: str, **params: Any) -> Selector:
 def _selector_class(name: str) -> Any:
     home = {**_plugins(), **SELECTORS}.get(name)
     if home is None:
-        known = ", ".join(selector_names())
-        raise ValueError(f"unknown method {name!r}; choose from: {known}")
+        known = selector_names()
+        raise ValueError(
+            f"unknown method {name!r}; choose from: {', '.join(known)}{did_you_mean(name, known)}"
+        )
     module, _, cls = home.partition(":")
     return getattr(import_module(module), cls)
 

@@ -1,7 +1,8 @@
 """Making a dataclass of settings from what a person wrote, with one sentence for what is wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from beartype import BeartypeConf
@@ -33,6 +34,12 @@ def made(what: str, cls: Any, settings: Mapping[str, Any], how: str = "--param {
         raise ValueError(f"{what}: {text.partition('() ')[2] or text}") from None
     _check_types(what, cls, settings)
     return built
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error that names the closest of the known names, "" if none is."""
+    close = get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _required(cls: Any) -> list[str]:

@@ -51,7 +51,10 @@ class Weighting:
         """What the manifest says of the weights; None where there are none."""
         if made == "none":
             if clip is not None:
-                raise ValueError("the method makes no weights, so there are none to clip")
+                raise ValueError(
+                    "the method makes no weights, so there are none to clip: "
+                    "leave --clip-weights out"
+                )
             self._batches = iter(batches)
             return
         if self.kind == "none":
@@ -195,5 +198,5 @@ def check_weighting(asked: str | None, clip: float | None) -> None:
     is_number = isinstance(clip, int | float) and not isinstance(clip, bool)
     if not is_number or not 1 < clip < np.inf:
         raise ValueError(
-            f"weights are clipped at a multiple of their mean above 1, such as 5; not {clip!r}"
+            f"--clip-weights is a multiple of the mean weight above 1, such as 5; not {clip!r}"
         )

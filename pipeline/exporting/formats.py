@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from curate.pipeline.storing.storage import Folder
+from curate.selectors.settings import did_you_mean
 
 FORMATS = {
     "parquet": "curate.pipeline.exporting.parquet_format:ParquetFormat",
@@ -77,7 +78,9 @@ def make_format(to: str, source: Source, options: dict[str, Any]) -> Format:
         ValueError: there is none, or it cannot carry the columns or the weights.
     """
     if to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}; choose one of: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"unknown format {to!r}; choose one of: {', '.join(FORMATS)}{did_you_mean(to, FORMATS)}"
+        )
     module, _, name = FORMATS[to].partition(":")
     made: Format = getattr(import_module(module), name)(source, **options)
     if source.weight_kind in made.refuses:

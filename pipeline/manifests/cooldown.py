@@ -49,7 +49,7 @@ class Cooldown(Settled):
         if isinstance(self.hot, bool) or not 0 <= self.hot <= 1:
             raise ValueError(f"hot is a share of the epochs in [0, 1], not {self.hot!r}")
         if self.epochs is None:
-            raise ValueError("cooldown needs its length: say the number of epochs")
+            raise ValueError("cooldown needs its length: say the number of epochs, --epochs")
 
     def visits(self, places: Places, epoch: int) -> Visits:
         temperature = self.temperature_at(epoch)

@@ -56,7 +56,7 @@ class Curriculum(Settled):
             if isinstance(value, bool) or not 0 < value <= 1:
                 raise ValueError(f"{name} of a curriculum must be in (0, 1], not {value!r}")
         if self.epochs is None:
-            raise ValueError("a curriculum needs its length: say the number of epochs")
+            raise ValueError("a curriculum needs its length: say the number of epochs, --epochs")
         if self.epochs == 1 and self.start != 1:
             raise ValueError("a curriculum of one epoch needs start=1, or rows are never shown")
         if not isinstance(self.stages, int) or not 1 <= self.stages <= MAX_STAGES:

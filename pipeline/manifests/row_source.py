@@ -20,6 +20,7 @@ from curate.pipeline.manifests.places import (
     Recent,
     placed,
 )
+from curate.selectors.settings import did_you_mean
 
 if TYPE_CHECKING:
     from curate.pipeline.manifests.manifest import Manifest
@@ -55,6 +56,7 @@ class RowSource:
             have = ", ".join(corpus.schema.names)
             raise ValueError(
                 f"the corpus {corpus.uri} has no column {unknown[0]!r}; it has: {have}"
+                + did_you_mean(unknown[0], corpus.schema.names)
             )
         self.corpus, self.places, self.weight_kind = corpus, places, weight_kind
         self.schedule = schedule

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from curate.pipeline.manifests.places import Places
 from curate.pipeline.manifests.visits import Visits
-from curate.selectors.settings import made
+from curate.selectors.settings import did_you_mean, made
 
 SCHEDULES = {
     "rs2": "curate.pipeline.manifests.rs2:Rs2",
@@ -72,6 +72,7 @@ def make_schedule(
             takes += ["by_group"] if takes_groups(rule) else []
             raise ValueError(
                 f"schedule {rule!r} has no parameter {key!r}; it takes: {', '.join(takes)}"
+                + did_you_mean(key, takes)
             )
     settings = {"seed": seed, "epochs": epochs, **(params or {})}
     schedule: Schedule = made(f"schedule {rule!r}", cls, settings)
@@ -118,7 +119,10 @@ def refuse_rates(rule: str, weight_kind: str) -> None:
 
 def _class_of(rule: str) -> Any:
     if rule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {rule!r}; choose one of: {', '.join(SCHEDULES)}")
+        raise ValueError(
+            f"unknown schedule {rule!r}; choose one of: {', '.join(SCHEDULES)}"
+            + did_you_mean(rule, SCHEDULES)
+        )
     module, _, name = SCHEDULES[rule].partition(":")
     return getattr(import_module(module), name)
 

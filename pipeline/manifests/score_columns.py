@@ -9,6 +9,7 @@ from curate.pipeline.scoring.score_table import ScoreTable
 from curate.scorers.registry import scorer_from_spec
 from curate.selectors.budget import need_columns
 from curate.selectors.expression import Expression, Sense
+from curate.selectors.settings import did_you_mean
 
 End = Literal["high", "low"]
 
@@ -28,7 +29,10 @@ def score_column(
         if by in table.schema.names and by not in ("shard", "row", "error"):
             return by, None
         if by.isidentifier() or not any(mark in by for mark in "()+-*/"):
-            raise ValueError(f"the score table has no score {by!r}; it has: {', '.join(names)}")
+            raise ValueError(
+                f"the score table has no score {by!r}; it has: {', '.join(names)}"
+                + did_you_mean(by, names)
+            )
         return by, Expression(by)
     if len(names) == 1:
         return str(names[0]), None

@@ -11,6 +11,7 @@ from curate.pipeline.models.huggingface import OFFERED, auto_class, few, is_hugg
 from curate.pipeline.models.small_models import CNN, GPT, MLP
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.user_code import absolute_spec, is_user_code, load_named
+from curate.selectors.settings import did_you_mean
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": CNN, "gpt": GPT}
 
@@ -40,7 +41,7 @@ def make_model(spec: str, **kw: Any) -> nn.Module:
         return pretrained(spec, auto_class(kw), kw)
     raise ValueError(
         f"unknown model {spec!r}; choose one of {', '.join(BUILT_IN)}, a folder with config.json, "
-        "or file.py:factory"
+        f"or file.py:factory{did_you_mean(spec, BUILT_IN)}"
     )
 
 

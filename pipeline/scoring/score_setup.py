@@ -57,6 +57,7 @@ from curate.pipeline.training.records import read_records
 from curate.pipeline.user_code import file_digest, is_user_code
 from curate.scorers.protocol import Scorer
 from curate.scorers.registry import make_scorers, scorer_spec
+from curate.selectors.settings import did_you_mean
 
 log = logging.getLogger("curate.score")
 
@@ -240,6 +241,7 @@ def _keep(asked: Sequence[str] | None, label: str | None, schema: pa.Schema) -> 
         if name not in schema.names:
             raise ValueError(
                 f"no column {name!r} to keep; the corpus has: {', '.join(schema.names)}"
+                + did_you_mean(name, schema.names)
             )
     return tuple(dict.fromkeys(name for name in asked if name != "id"))
 
@@ -412,7 +414,7 @@ def threads_for(parameters: int) -> int:
 
     Below a million parameters a second thread costs more than it brings (up to ten times, from
     spinning): there it is one. Never from how many workers share the machine: results must not
-    depend on that. Not part of the run's configuration: sums over threads differ by rounding.
+    depend on that. Not part of the run's configuration, but of its plan: a run ends as it began.
     """
     if parameters < 1_000_000:
         return 1

@@ -96,7 +96,9 @@ def build_index(
     if kind not in KINDS:
         raise ValueError(f"unknown kind of index {kind!r}; choose one of: {', '.join(KINDS)}")
     if memory < 1 << 20:
-        raise ValueError(f"memory must be at least 1 MiB, got {memory} bytes")
+        raise ValueError(
+            f"memory must be at least 1 MiB (--memory 0.001), got {memory / 2**30:g} GiB"
+        )
     table = ScoreTable.open(scores)
     store = _store(table, name, similarity, checkpoints)
     size = 4 * store.rows * store.dimension

@@ -10,6 +10,7 @@ from curate.pipeline.tasks.custom import custom_from_corpus, custom_from_descrip
 from curate.pipeline.tasks.guess import guess_task as guess_task
 from curate.pipeline.tasks.task import Task
 from curate.pipeline.user_code import is_user_code
+from curate.selectors.settings import did_you_mean
 
 TASKS = {
     "image_classification": "curate.pipeline.tasks.image_classification:ImageClassification",
@@ -63,6 +64,7 @@ def _task_class(name: str) -> Any:
     if name not in TASKS:
         raise ValueError(
             f"unknown task {name!r}; choose one of {', '.join(TASKS)}, or file.py:Class"
+            + did_you_mean(name, TASKS)
         )
     module, _, cls = TASKS[name].partition(":")
     return getattr(import_module(module), cls)
