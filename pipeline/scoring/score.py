@@ -28,7 +28,14 @@ from curate.pipeline.scoring.step_zero import input_norm_correlations, warn_of_s
 from curate.pipeline.scoring.store_plan import UNIT_BYTES
 from curate.pipeline.scoring.target_gradients import sketch_errors
 from curate.pipeline.scoring.top_rows_table import write_top_rows
-from curate.pipeline.scoring.units import Unit, plan_units, read_units, rows_per_unit, write_units
+from curate.pipeline.scoring.units import (
+    Unit,
+    plan_units,
+    planned_threads,
+    read_units,
+    rows_per_unit,
+    write_units,
+)
 from curate.pipeline.scoring.validity import warn_of_settings
 from curate.pipeline.scoring.work import Work
 from curate.pipeline.storing.lock import RunLock
@@ -222,14 +229,15 @@ def score(
         )
     )
     chosen = _Engine(engine, workers, num_gpus, ray_address)
+    folder = Folder(setup.work.out)
+    refuse_foreign(folder)
+    has_run = not overwrite and refuse_other_run(folder, setup.meta, opened)
+    threads = threads or (planned_threads(folder) if has_run else None)
     work = replace(
         setup.work,
         threads=threads or threads_for(parameter_count(setup.work)),
         device=chosen.device(),
     )
-    folder = Folder(work.out)
-    refuse_foreign(folder)
-    has_run = not overwrite and refuse_other_run(folder, setup.meta, opened)
     if dry_run:
         return _dry_run(work, folder, has_run, unit_rows, chosen)
     if has_run and folder.exists(SUCCESS):
@@ -326,7 +334,7 @@ def _run(
     if not folder.exists(UNITS) or not _is_done(work, folder):
         sizing, worker = _check_model(work, lock, engine)
     if not folder.exists(UNITS):
-        write_units(folder, _plan_units(work, sizing, unit_rows))
+        write_units(folder, _plan_units(work, sizing, unit_rows), work.threads)
     units = read_units(folder)
     run = ScoringRun(work, units, lock)
     run.check_bad_rows()

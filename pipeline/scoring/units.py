@@ -19,6 +19,7 @@ UNIT_SECONDS = 120.0
 """A unit of a long run; shorter runs get shorter units, so that a kill never costs much."""
 MIN_UNIT_SECONDS = 5.0
 UNITS_PER_RUN = 32
+THREADS = b"threads"
 """What a run is cut into before the two limits above."""
 MAX_UNIT_ROWS = 1_000_000
 """Bounds a worker's memory: a unit's scores are held until they are committed."""
@@ -90,12 +91,25 @@ def plan_units(shard_rows: Sequence[int], unit_rows: int) -> list[Unit]:
     return [Unit(number, spans) for number, spans in enumerate(_spans(shard_rows, unit_rows))]
 
 
-def write_units(folder: Folder, units: Sequence[Unit]) -> None:
-    """Write the plan unless there is one: it never changes within a run."""
+def write_units(folder: Folder, units: Sequence[Unit], threads: int) -> None:
+    """Write the plan unless there is one: it never changes within a run.
+
+    With it goes how many threads sums are divided among: a run that goes on elsewhere, where there
+    are more or fewer, is to round as it began.
+    """
     lines = [(u.number, s.shard, s.start, s.rows) for u in units for s in u.spans]
     columns = [list(column) for column in zip(*lines, strict=True)]
     table = pa.table(columns, schema=pa.schema(UNIT_FIELDS))
-    folder.create(UNITS, parquet_bytes(table))
+    folder.create(UNITS, parquet_bytes(table, {THREADS: str(threads).encode()}))
+
+
+def planned_threads(folder: Folder) -> int | None:
+    """Return the threads that the run began with; None where no plan says so."""
+    if not folder.exists(UNITS):
+        return None
+    with open_parquet(folder, UNITS) as file:
+        said = (file.schema_arrow.metadata or {}).get(THREADS)
+    return None if said is None else int(said)
 
 
 def read_units(folder: Folder) -> list[Unit]:

@@ -62,7 +62,7 @@ def add_scores(run: Path, corpus_path: str, task_name: str, bad: tuple[int, ...]
     options = {"tokenizer": "bytes"} if task_name.startswith("text") else {}
     task = make_task(task_name, corpus, **options)
     units = plan_units([s.rows for s in corpus.shards], 40)
-    write_units(folder, units)
+    write_units(folder, units, threads=1)
     columns = ["el2n", "margin"]
     label = pa.field("label", corpus.schema.field("label").type)
     schema = score_schema(columns, id_type=corpus.schema.field("id").type, keep=[label])

@@ -1,4 +1,4 @@
-"""The threads of a scoring process: the user's, and never part of what a run is."""
+"""The threads of a scoring process: the user's, kept for a run, and no part of what a run is."""
 
 import os
 from collections.abc import Callable
@@ -77,5 +77,9 @@ def test_threads_are_no_part_of_a_run(
     assert len({table.meta["run"] for table in tables}) == 1
     assert all(table.meta["config"] == tables[0].meta["config"] for table in tables)
     assert len({table.success["digest"] for table in tables}) == 1
-    # Another number of threads goes on with what is there.
-    assert once("a", "2").success["digest"] == tables[0].success["digest"]
+    # A run that was stopped goes on as it began, whatever is said elsewhere, but for --threads.
+    for threads, expected in ((None, 1), (3, 3)):
+        for name in ("_SUCCESS.json", "part-00000.parquet"):
+            (tmp_path / "a" / name).unlink()
+        again = once("a", "2", threads=threads)
+        assert (used[-1], again.success["digest"]) == (expected, tables[0].success["digest"])

@@ -10,6 +10,7 @@ from curate.pipeline.scoring.units import (
     Span,
     Unit,
     plan_units,
+    planned_threads,
     read_units,
     rows_per_unit,
     write_units,
@@ -53,9 +54,10 @@ def test_a_large_shard_is_cut_evenly() -> None:
 def test_the_plan_is_written_once(tmp_path: object) -> None:
     folder = Folder(str(tmp_path))
     units = plan_units([3, 4, 0, 100, 2], 30)
-    write_units(folder, units)
-    write_units(folder, plan_units([5], 5))
-    assert read_units(folder) == units
+    assert planned_threads(folder) is None
+    write_units(folder, units, threads=3)
+    write_units(folder, plan_units([5], 5), threads=1)
+    assert (read_units(folder), planned_threads(folder)) == (units, 3)
 
 
 def test_units_of_a_long_run_last_two_minutes_and_of_a_short_one_less() -> None:
