@@ -1300,6 +1300,9 @@ def _stoppable() -> Iterator[None]:
         if stopped:
             raise Stopped(stopped[0]) from None
         raise
+    else:
+        if stopped:  # typer made an exit code of it
+            raise Stopped(stopped[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -397,7 +397,7 @@ class TestInManifests:
         schedule(plain, "rs2", out)
         with pytest.raises(ValueError, match="holds another selection"):
             schedule(plain, "rs2", out, seed=5)
-        with pytest.raises(ValueError, match="is the manifest to read"):
+        with pytest.raises(ValueError, match="one of the manifests to read"):
             schedule(plain, "rs2", plain.path)
 
     def test_ray_data_refuses_it(self, make_selection, tmp_path):
