@@ -1,12 +1,13 @@
 """How much to keep, as people write it and as selectors count it.
 
 A fraction is a fraction of all rows of the corpus, rows with errors included, and is rounded half
-up: floor(f * n + 0.5). A token budget is filled greedily in the method's order and stops before
-the row that would exceed it.
+up: floor(f * n + 0.5) of the decimal number f that was written. A token budget is filled greedily
+in the method's order and stops before the row that would exceed it.
 """
 
 import math
 import re
+from fractions import Fraction
 from numbers import Integral, Real
 
 import pyarrow as pa
@@ -43,7 +44,7 @@ def budget_rows(budget: Budget, corpus_rows: int) -> int:
     """
     assert budget.kind != "tokens", "tokens are not counted in rows"
     if budget.kind == "fraction":
-        rows = math.floor(budget.value * corpus_rows + 0.5)
+        rows = _half_up(budget.value, corpus_rows)
         if rows == 0:
             raise ValueError(
                 f"a budget of {budget.value:g} keeps none of {corpus_rows} rows; give a larger one"
@@ -65,7 +66,7 @@ def share_of_rows(value: float | int, corpus_rows: int, name: str) -> int:
     is_count = isinstance(value, Integral) and not isinstance(value, bool)
     rows = int(value) if is_count else None
     if rows is None and isinstance(value, Real) and 0 <= value < 1:
-        rows = math.floor(float(value) * corpus_rows + 0.5)
+        rows = _half_up(value, corpus_rows)
     if rows is None or not 0 <= rows < corpus_rows:
         raise ValueError(
             f"{name} must be a share in [0, 1) or fewer than the {corpus_rows} rows there are; "
@@ -110,13 +111,18 @@ def need_score(table: Table, column: str) -> None:
         raise ValueError(f"column {column!r} holds {kind}, not scores; choose a numeric column")
 
 
+def _half_up(share: float | Real, rows: int) -> int:
+    """Return a share of rows: 0.29 of 50 is 14.5, so 15, though the float 0.29 is a bit less."""
+    return math.floor(Fraction(str(float(share))) * rows + Fraction(1, 2))
+
+
 def _parse_text(text: str) -> Budget:
     number, unit = re.fullmatch(r"(.*?)\s*(%|tok|tokens|rows)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if not _NUMBER.fullmatch(number.lower()):
         raise ValueError(f"cannot read budget {text!r}; write {_WRITTEN}")
     value = float(number)
     if unit == "%":
-        return _fraction(value / 100, text)
+        return _fraction(float(Fraction(number) / 100), text)
     if unit in ("tok", "tokens"):
         return _whole("tokens", value, text)
     if "." in number and unit is None and "e" not in number.lower():

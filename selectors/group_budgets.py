@@ -89,8 +89,8 @@ class GroupBudgets:
         if unknown := sorted(named.keys() - set(values)):
             known = ", ".join(sorted(values)[:20])
             raise ValueError(
-                f"{name} names {unknown[0]!r}, which column {self.by_group!r} does not hold; "
-                f"it holds: {known}"
+                f"{name} names {unknown[0]!r}: no row that can be chosen has it in column "
+                f"{self.by_group!r}; they have: {known}"
             )
         return [named.get(value, Fraction(0)) for value in values]
 

@@ -60,7 +60,7 @@ def mix(
     refuse_operand(folder, opened)
     total = sum(proportions)
     shares = [p / total for p in proportions]
-    taken = _quotas(opened, shares, budget) if by == "rows" else [len(m) for m in opened]
+    taken = _quotas(opened, proportions, budget) if by == "rows" else [len(m) for m in opened]
     request = {
         "method": "mix",
         "by": None,
@@ -135,10 +135,11 @@ def _check(
 
 
 def _quotas(
-    manifests: Sequence[Manifest], shares: Sequence[float], budget: int | str | None
+    manifests: Sequence[Manifest], proportions: Sequence[float], budget: int | str | None
 ) -> list[int]:
     """Return how many rows each gives: in proportion, as many as there can be or as asked."""
-    exact = [Fraction(share) for share in shares]
+    said = [Fraction(str(float(p))) for p in proportions]  # 0.1 is a tenth, no float near it
+    exact = [share / sum(said) for share in said]
     sizes = [len(m) for m in manifests]
     most = floor(min(n / share for n, share in zip(sizes, exact, strict=True)))
     rows = most

@@ -47,7 +47,11 @@ def test_impossible_budgets_are_refused(said):
 
 @pytest.mark.parametrize(
     ("fraction", "rows", "kept"),
-    [(0.5, 5, 3), (0.5, 4, 2), (0.25, 10, 3), (1.0, 7, 7), (0.1, 5, 1)],
+    # 0.29 * 50 and 0.57 * 50 are 14.5 and 28.5, which floats take for a little less.
+    [
+        *((0.5, 5, 3), (0.5, 4, 2), (0.25, 10, 3), (1.0, 7, 7), (0.1, 5, 1)),
+        *((0.29, 50, 15), (0.57, 50, 29)),
+    ],
 )
 def test_fractions_round_half_up(fraction, rows, kept):
     assert budget_rows(Budget("fraction", fraction), rows) == kept
@@ -62,6 +66,7 @@ def test_budgets_that_keep_nothing_or_too_much():
 
 def test_shares_and_counts_to_drop():
     assert [share_of_rows(v, 10, "drop_top") for v in (0, 3, 0.25, 0.0)] == [0, 3, 3, 0]
+    assert share_of_rows(0.29, 50, "drop_top") == 15
     for wrong in (10, -1, 1.0, True):
         with pytest.raises(ValueError, match="drop_top"):
             share_of_rows(wrong, 10, "drop_top")

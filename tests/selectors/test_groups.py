@@ -131,7 +131,7 @@ def test_balanced_with_named_shares_token_budgets_and_class_ids(make_table, kept
     # 21 tokens: 7 for each class, which is two rows of three tokens.
     chosen = kept(equal.select(table, Budget("tokens", 21), rng()))
     assert chosen.tolist() == [2, 3, 5, 6, 8, 9]
-    with pytest.raises(ValueError, match="shares names '7', which column 'label' does not hold"):
+    with pytest.raises(ValueError, match="shares names '7': no row that can be chosen has it"):
         make_selector("balanced", by_group="label", shares={"7": 1.0}).select(
             table, Budget("rows", 2), rng()
         )

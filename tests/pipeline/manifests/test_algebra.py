@@ -281,6 +281,16 @@ class TestMixture:
         )
         assert set(weighted(a)) >= {k for k in weighted(mixed) if k[0] < 3}
 
+    @pytest.mark.parametrize("shares", [(0.9, 0.1), (9, 1), (0.45, 0.05)])
+    def test_rows_that_stand_in_the_proportions_are_all_kept(
+        self, make_selection, tmp_path, shares
+    ):
+        # As floats 0.1 is a little more than a tenth, so that 100 rows would be one too many.
+        a, b = self.pair(make_selection, kept=(90, 10))
+        mixed = mix([a, b], shares, tmp_path / "m", by="rows", budget=100)
+        assert len(weighted(mixed)) == 100
+        assert len(weighted(mix([a, b], shares, tmp_path / "n", by="rows"))) == 100
+
     def test_cooldown_takes_the_corpora_for_groups(self, make_selection, tmp_path):
         a, b = self.pair(make_selection)
         mixed = mix([a, b], [1, 1], tmp_path / "m", by="rows", budget=100)
