@@ -207,3 +207,19 @@ def test_a_cluster_that_does_not_answer_costs_nothing(
         code, err = run(f"{line} {ray}")
         assert code == 2 and "cannot join a Ray cluster" in err
     assert {name: files(f"run/{name}") for name in before} == before
+
+
+def test_what_another_request_has_changed_is_said(room: Path, run: Run) -> None:
+    schedule = "manifest schedule run/manifest --rule rs2"
+    half = f"{schedule} --param fraction=0.5 -o run/schedule"
+    assert run(f"{half} --overwrite")[0] == 0  # of the manifest in this room
+    for line, said in (
+        ("manifest intersect run/manifest run/random -o run/union", '"union", now "intersect"'),
+        ("manifest union run/manifest run/schedule -o run/union", "(of other manifests)"),
+        (f"{schedule} --param fraction=0.2 -o run/schedule", '{"fraction": 0.5}, now'),
+        (f"{schedule} -o run/schedule", '{"fraction": 0.5}, now {}'),  # a default is a setting
+        ("export --to parquet --columns label", "to: jsonl -> parquet"),
+    ):
+        code, err = run(line)
+        assert code == 2 and said in err and "--overwrite" in err, (line, err)
+    assert run(half)[0] == 0

@@ -24,10 +24,10 @@ def found_again(folder: Folder, selection: dict[str, Any], overwrite: bool) -> M
     asked = json.loads(json.dumps(selection))
     if NAME in names and not overwrite:
         found = Manifest.read(folder.uri)
-        if not _agrees(found.content["selection"], asked):
+        if changed := _differences(found.content["selection"], asked):
             raise ValueError(
-                f"{folder.uri} holds another selection; choose another folder with --out or "
-                "replace it with --overwrite"
+                f"{folder.uri} holds another selection ({'; '.join(changed)}); choose another "
+                "folder with --out or replace it with --overwrite"
             )
         found.check_files()
         return found
@@ -108,7 +108,19 @@ def _same_place(a: Folder, b: Folder) -> bool:
     return os.path.realpath(a.uri) == os.path.realpath(b.uri)
 
 
-def _agrees(there: Any, asked: Any) -> bool:
-    if isinstance(asked, dict):
-        return isinstance(there, dict) and all(_agrees(there.get(k), v) for k, v in asked.items())
-    return bool(there == asked)
+def _differences(there: Any, asked: dict[str, Any]) -> list[str]:
+    """Return in words what of a request is not so in a manifest."""
+    there, found = there if isinstance(there, dict) else {}, []
+    for key, new in asked.items():
+        old = there.get(key)
+        if key in ("params", "scheduled"):  # what came out may stand there, too
+            found += _differences(old, new)
+        elif old != new:
+            # Those it was made of, and lists as long as they are many, are named alone.
+            is_long = isinstance(new, list)
+            found.append(f"other {key}" if is_long else f"{key} {_said(old)}, now {_said(new)}")
+    return ["of other manifests" if each == "other of" else each for each in found]
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
