@@ -20,7 +20,8 @@ def summary_text(manifest: dict[str, Any]) -> str:
     if tied := selection["params"].get("ties", {}).get("at_cut"):
         lines.append(f"{tied} rows share the score at the cut; the first in row order are kept")
     lines += _weights(manifest["weight_kind"], selection["params"].get("weights"))
-    return "\n".join([*lines, *_beside_random(manifest.get("summary") or {})])
+    summary = manifest.get("summary") or {}
+    return "\n".join([*lines, *_beside_random(summary, selection.get("budget") or {})])
 
 
 def _weights(kind: str, weights: dict[str, Any] | None) -> list[str]:
@@ -38,7 +39,7 @@ def _weights(kind: str, weights: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def _beside_random(summary: dict[str, Any]) -> list[str]:
+def _beside_random(summary: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     lines = []
     if summary:
         share = summary["random"]["overlap"]
@@ -52,7 +53,12 @@ def _beside_random(summary: dict[str, Any]) -> list[str]:
         if (weighted := score.get("kept_weighted_mean")) is not None:
             lines.append(f"mean {score['column']} of the kept rows by weight: {weighted:.6g}")
     if tokens := summary.get("tokens"):
-        lines.append(f"tokens: {tokens['kept']} of {tokens['of']}")
+        line = f"tokens: {tokens['kept']} of {tokens['of']}"
+        if budget.get("kind") == "tokens":  # rows are whole, so some of it stays
+            line += (
+                f", {tokens['kept'] / budget['value']:.1%} of the budget of {budget['value']:.0f}"
+            )
+        lines.append(line)
     if groups := summary.get("groups"):
         lines.append(f"{'group':<20} {'corpus':>10} {'kept':>10} {'random':>18}")
         lines += [

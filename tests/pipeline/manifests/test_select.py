@@ -168,6 +168,12 @@ def test_the_summary_stands_beside_random(scores, tmp_path, values):
     json.dumps(manifest.describe())
 
 
+def test_the_summary_says_how_much_of_a_token_budget_is_spent(tmp_path, corpus, values):
+    scores = write_scores(tmp_path / "run", corpus, {"el2n": values}, tokens=np.full(100, 30))
+    text = str(select(scores, budget="1000tok", out=tmp_path / "m"))
+    assert "tokens: 990 of 3000, 99.0% of the budget of 1000" in text
+
+
 def test_reads_the_table_three_times(scores, tmp_path, monkeypatch):
     scans = []
     scan = ScoreTable.scan
