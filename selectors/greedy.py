@@ -91,8 +91,7 @@ def stochastic_greedy(
         order.append(row)
         added.append(float(gains.max()))
         left = np.delete(left, best)
-        if amount > 0:
-            function.add(row)
+        function.add(row)
     return np.array(order, dtype=np.int64), np.array(added, dtype=np.float32)
 
 

@@ -110,6 +110,8 @@ def test_stochastic_greedy_keeps_its_share_in_the_mean(seed):
         order, _ = stochastic_greedy(function, sizes, 4, rng, epsilon=0.3)
         assert len(set(order.tolist())) == 4
         found.append(value(s, order))
+        # Sums of 12 float32 similarities in another order.
+        assert function.mean() == pytest.approx(found[-1] / 12, rel=1e-6)
     assert np.mean(found) >= (1 - 1 / math.e - 0.3) * best
     # A sample of all rows is plain greedy.
     order, _ = stochastic_greedy(Coverage(vectors, vectors), sizes, 4, rng, epsilon=1e-9)
