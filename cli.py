@@ -442,9 +442,11 @@ def score(
         ),
     ] = None,
     similarity: Annotated[
-        Literal["cosine", "dot"],
-        typer.Option(help="How --top-rows compares gradients.", rich_help_panel=STORED),
-    ] = "cosine",
+        Literal["cosine", "dot"] | None,
+        typer.Option(
+            help="How --top-rows compares gradients; by default by cosine.", rich_help_panel=STORED
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(

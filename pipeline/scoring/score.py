@@ -80,7 +80,7 @@ def score(
     store: str | Sequence[str] | None = ...,
     sketch: str | None = ...,
     top_rows: int | None = ...,
-    similarity: str = ...,
+    similarity: str | None = ...,
     keep: Sequence[str] | None = ...,
     model: str | None = ...,
     task: str | None = ...,
@@ -115,7 +115,7 @@ def score(
     store: str | Sequence[str] | None = ...,
     sketch: str | None = ...,
     top_rows: int | None = ...,
-    similarity: str = ...,
+    similarity: str | None = ...,
     keep: Sequence[str] | None = ...,
     model: str | None = ...,
     task: str | None = ...,
@@ -149,7 +149,7 @@ def score(
     store: str | Sequence[str] | None = None,
     sketch: str | None = None,
     top_rows: int | None = None,
-    similarity: str = "cosine",
+    similarity: str | None = None,
     keep: Sequence[str] | None = None,
     model: str | None = None,
     task: str | None = None,
@@ -184,7 +184,7 @@ def score(
     `store` (embedding, probs, sketch) and `sketch` (32x32 for every parameter, 4096 for the whole
     gradient) keep vectors of rows beside the scores, from the same pass; see `open_store`. No
     scorer need be named then. `top_rows` of a target writes, for each of its rows, that many rows
-    that are nearest to it and farthest from it, by the `similarity` (cosine, dot) of gradients:
+    that are nearest to it and farthest from it, by the `similarity` (cosine or dot) of gradients:
     sketches find candidates, whole gradients decide among them.
 
     `engine` is `local` (this process), `ray` (a pool of `workers`, each with `num_gpus`, here or

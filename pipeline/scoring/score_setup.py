@@ -84,7 +84,7 @@ class Request:
     store: str | Sequence[str] | None = None
     sketch: str | None = None
     top_rows: int | None = None
-    similarity: str = "cosine"
+    similarity: str | None = None
     model: str | None = None
     task: str | None = None
     task_options: Mapping[str, Any] | None = None

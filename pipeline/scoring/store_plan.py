@@ -78,7 +78,7 @@ def plan_stores(
     store: str | Sequence[str] | None,
     sketch: str | None,
     top_rows: int | None,
-    similarity: str,
+    similarity: str | None,
     task: Task,
     has_target: bool,
 ) -> StorePlan | None:
@@ -92,8 +92,13 @@ def plan_stores(
     for name in names:
         if name not in STORES:
             raise ValueError(f"unknown store {name!r}; choose from: {', '.join(STORES)}")
-    if similarity not in SIMILARITIES:
+    if similarity not in (None, *SIMILARITIES):
         raise ValueError(f"unknown similarity {similarity!r}; choose cosine or dot")
+    if similarity is not None and top_rows is None:
+        raise ValueError(
+            "similarity says how top rows are compared, and none are asked for: give --top-rows "
+            "too. A scorer has a setting of its own, such as grad_similarity(similarity=dot)"
+        )
     if top_rows is not None:
         if top_rows < 1:
             raise ValueError(f"top_rows must be at least 1, got {top_rows}")
@@ -111,7 +116,7 @@ def plan_stores(
         names=tuple(name for name in STORES if name in names),
         sketch={} if sketch is None else read_sketch(sketch),
         top_rows=top_rows or 0,
-        similarity=similarity,
+        similarity=similarity or "cosine",
     )
 
 

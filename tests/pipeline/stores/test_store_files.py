@@ -301,6 +301,7 @@ def test_stores_on_an_object_store_are_the_same(points: Any, point_target: str) 
         ({"sketch": "4x4(seed=-1)"}, "seed must be a whole number from 0 on"),
         ({"sketch": "4x4(params=nothing)"}, "matches no trainable parameter"),
         ({"top_rows": 5}, "name it, --target"),
+        ({"store": "embedding", "similarity": "dot"}, "give --top-rows too"),
         ({"top_rows": 0}, "top_rows must be at least 1, got 0"),
         ({"store": "probs", "similarity": "l2"}, "unknown similarity 'l2'"),
         ({}, "no scorer is named"),
