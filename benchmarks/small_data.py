@@ -22,6 +22,8 @@ from jaxtyping import Int64
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from curate.pipeline.vectors.sentences import SentenceEncoder
+
 DATA = Path(os.environ.get("CURATE_DATA", Path.home() / ".cache" / "curate-data"))
 FASHION = "debroot/usr/share/datasets/fashion-mnist"
 SNIPPETS = "pypi/vaderSentiment-0.5.zip"
@@ -67,10 +69,31 @@ def fashion(
 def snippets(
     folder: Path, split: int, *, flips: float = 0.0, clean: int = 0, train_rows: int = 1000
 ) -> Files:
-    """Write a sample of the movie snippets, label 1 where people rate them above 0 on average.
+    """Write a sample of the movie snippets, split."""
+    texts, labels = _snippets(split, train_rows + 1000)
+    return _split(folder, {"text": texts}, labels, split, flips, clean, train_rows)
 
-    10 605 sentences of reviews, each with 20 or so human ratings from -4 to 4 (Hutto and Gilbert,
-    ICWSM 2014).
+
+def embedded_snippets(
+    folder: Path,
+    split: int,
+    *,
+    encoder: str,
+    flips: float = 0.0,
+    clean: int = 0,
+    train_rows: int = 3000,
+) -> Files:
+    """Write a sample of the movie snippets as vectors of a sentence encoder, mean square 1."""
+    texts, labels = _snippets(split, train_rows + 1000)
+    vectors = SentenceEncoder.load(encoder).encode(texts.tolist())
+    features = vectors * np.float32(vectors.shape[1] ** 0.5)
+    return _split(folder, {"features": features}, labels, split, flips, clean, train_rows)
+
+
+def _snippets(split: int, rows: int) -> tuple[np.ndarray, Int64[np.ndarray, " n"]]:
+    """Return sentences of movie reviews, and 1 where people rate them above 0 on average.
+
+    10 605 sentences, each with 20 or so human ratings from -4 to 4 (Hutto and Gilbert, ICWSM 2014).
     """
     archive = zipfile.ZipFile(_there(SNIPPETS, "the sdist of vaderSentiment==0.5"))
     inner = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
@@ -80,10 +103,9 @@ def snippets(
         lines = member.read().decode("utf-8-sig", "replace").splitlines()
     cells = [line.split("\t") for line in lines if line.count("\t") >= 2]
     rated = [(text, float(mean)) for _, mean, text, *_ in cells if float(mean) != 0]
-    picked = np.random.default_rng(split).choice(len(rated), train_rows + 1000, replace=False)
+    picked = np.random.default_rng(split).choice(len(rated), rows, replace=False)
     texts = np.array([rated[i][0] for i in picked], dtype=object)
-    labels = np.array([int(rated[i][1] > 0) for i in picked])
-    return _split(folder, {"text": texts}, labels, split, flips, clean, train_rows)
+    return texts, np.array([int(rated[i][1] > 0) for i in picked])
 
 
 def _split(
