@@ -1,6 +1,6 @@
 """How well scores find wrong labels: AUROC on real images and text, with intervals over splits.
 
-    CURATE_DATA=... python benchmarks/mislabels.py            digits, Fashion-MNIST, movie snippets twice
+    CURATE_DATA=... python benchmarks/mislabels.py            all four sets
     python benchmarks/mislabels.py --data digits --splits 5   what needs no download
 
 One label in five is changed to another class. Proxies are trained on what comes out, and every
