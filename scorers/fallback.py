@@ -6,6 +6,7 @@ its outputs. Afterwards it is run again, alone, on one row after the other or on
 module's inputs and outputs carry everything that joins it to the loss, which the probe checks.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -229,7 +230,9 @@ class Replay:
         in_axes = tuple(a for a in axes if a is not None)
         seeds = tuple(self._grad(call, i, index) for i in call.grads)
         seed_axes = tuple(self.axes.outputs[i] for i in call.grads)
-        result: dict[str, Tensor] = vmap(one, in_dims=(in_axes, seed_axes))(mapped, seeds)
+        with warnings.catch_warnings():  # operators without a batching rule go row by row
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            result: dict[str, Tensor] = vmap(one, in_dims=(in_axes, seed_axes))(mapped, seeds)
         return result
 
     def _input_axes(self, call: Caught) -> list[int | None]:

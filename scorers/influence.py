@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -40,13 +39,6 @@ class Influence:
     labels: str = "model"
     groups: str = "max"
 
-    direction: ClassVar[Direction] = Direction(
-        high_means="helps the target: more weight on this row lowers the target's loss",
-        keep="high",
-        source="Grosse et al. 2023 list the most positive",
-        valid="a trained model; a clean target drawn as the model will be used",
-    )
-
     def __post_init__(self) -> None:
         refuse_unused(self.curvature, self.damping, self.rows, self.labels)
         if self.groups not in GROUPS:
@@ -54,6 +46,18 @@ class Influence:
                 f"influence: groups is one of {', '.join(GROUPS)}, not {self.groups!r}"
             )
         _ = self.needs
+
+    @property
+    def direction(self) -> Direction:
+        best = self.groups == "max"
+        return Direction(
+            high_means="helps the target: more weight on this row lowers the "
+            + ("loss of one group of the target" if best else "target's loss"),
+            keep="high",
+            source="Grosse et al. 2023 list the most positive",
+            valid="a trained model; a clean target drawn as the model will be used",
+            asks=("right_labels_by_class",) if best else (),
+        )
 
     @property
     def needs(self) -> frozenset[Signal]:

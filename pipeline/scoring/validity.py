@@ -160,6 +160,17 @@ def right_labels(work: Work) -> str | None:
     )
 
 
+def right_labels_by_class(work: Work) -> str | None:
+    """Rows' labels are right, or the target's groups are not the classes."""
+    target = work.target
+    if target is None or len(target.groups) < 2 or target.column != work.label:
+        return None
+    return (
+        "takes the class that a row helps most, and a wrong label helps the class that it names: "
+        "wrong labels stand high; groups=mean does not have it so"
+    )
+
+
 def two_checkpoints(work: Work) -> str | None:
     """Every run has two checkpoints or more: one has neither mean nor spread to speak of."""
     if alone := _alone(work):
@@ -183,6 +194,7 @@ CHECKS: dict[str, Callable[[Work], str | None]] = {
     "trained_on_target": trained_on_target,
     "reference_of_other_rows": reference_of_other_rows,
     "right_labels": right_labels,
+    "right_labels_by_class": right_labels_by_class,
 }
 """By the names that `Direction.asks` uses. A plug-in's own names are its own affair."""
 

@@ -129,7 +129,7 @@ def build_index(
     made: dict[str, Any]
     if kind == "flat":
         index, made = VectorIndex.flat(store.dimension, _metric(similarity)), {}
-        log.info("a flat index of %.1f GiB", size / 2**30)
+        log.info("a flat index of %.1f MiB", size / 2**20)
     else:
         index, made = _trained(store, similarity, seed, memory)
     start = 0
