@@ -692,6 +692,14 @@ def select(
     include_errors: Annotated[
         bool, typer.Option("--include-errors", help="Let rows be chosen that could not be scored.")
     ] = False,
+    among: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="Choose among the rows that this earlier selection keeps; shares of --budget are "
+            "of all rows still.",
+        ),
+    ] = None,
     weight_kind: Annotated[
         Literal["loss", "sampling", "repeat"] | None,
         typer.Option(
@@ -768,6 +776,7 @@ def select(
       curate select --by el2n --budget 0.5
       curate select --by el2n --budget 10000 --method ccs --drop-top 10%
       curate select --budget 20% --method kcenter --vectors embedding
+      curate select --among run/half --method d2 --vectors embedding --budget 5%
     """
     _talk(verbose)
     from curate.pipeline.manifests.select import select as run
@@ -784,6 +793,7 @@ def select(
         include_errors=include_errors,
         direction=direction,
         by_group=by_group,
+        among=among,
         weight_kind=weight_kind,
         clip_weights=clip_weights,
         schedule=schedule,

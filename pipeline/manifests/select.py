@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from curate.pipeline.manifests.among import Among, manifest_of
 from curate.pipeline.manifests.census import CODE, Census, attached
-from curate.pipeline.manifests.claim import taking_place
+from curate.pipeline.manifests.claim import of_manifests, refuse_operand, taking_place
 from curate.pipeline.manifests.grouping import Grouping
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
@@ -62,6 +63,7 @@ def select(
     params: dict[str, Any] | None = None,
     direction: Literal["high", "low"] | None = None,
     by_group: str | None = None,
+    among: str | Path | None = None,
     weight_kind: str | None = None,
     clip_weights: float | None = None,
     schedule: str | None = None,
@@ -78,14 +80,16 @@ def select(
     where the method asks; by default the scorer's, or of an expression the end on which all its
     scorers agree. `budget`: see `parse_budget`; a threshold needs none. `method` is a name of
     `selectors/registry.py`, `params` its hyper-parameters; `drop_top`, `offset`,
-    `include_errors` and `by_group` are such parameters too. Weights are written as `weight_kind`
-    (by default as the method makes them) and cut at `clip_weights` times their mean. `schedule`,
-    a rule with `schedule_params`, says what each of `epochs` shows; its `by_group` is a column of
-    the table. `vectors`
-    and `target_vectors` name what methods of geometry compare (`pipeline/vectors/resolve.py`),
-    `target` the corpus of the latter; such methods use a score only where they are given one. The
-    same call again finds its manifest and returns it. The returned manifest has a `summary`: what
-    was kept beside what a random selection would have kept.
+    `include_errors` and `by_group` are such parameters too. `among` is a manifest of the same data:
+    only rows that it keeps are chosen, and ranks and z of an expression are among them; shares of
+    a budget are of all rows of the corpus still, and its weights are not carried over. Weights are
+    written as `weight_kind` (by default as the method makes them) and cut at `clip_weights` times
+    their mean. `schedule`, a rule with `schedule_params`, says what each of `epochs` shows; its
+    `by_group` is a column of the table. `vectors` and `target_vectors` name what methods of
+    geometry compare (`pipeline/vectors/resolve.py`), `target` the corpus of the latter; such
+    methods use a score only where they are given one. The same call again finds its manifest and
+    returns it. The returned manifest has a `summary`: what was kept beside what a random selection
+    would have kept.
 
     Raises:
         ValueError: the table is missing or unfinished, a column, method, parameter, budget or
@@ -110,10 +114,13 @@ def select(
     wish = _wish(schedule, seed, epochs, schedule_params)
     written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
     written["scheduled"] = None if wish is None else wish.content()
-    request = replace(_request(table, by, budget, method, seed, asked, written), wish=wish)
+    earlier = None if among is None else _earlier(str(among), table, include_errors)
+    request = _request(table, by, budget, method, seed, asked, written, earlier)
+    request = replace(request, wish=wish)
     _need_groups(table, wish)
     request = _seeing(request, table, method, vectors, target_vectors, target)
     folder = Folder(str(out))
+    refuse_operand(folder, [earlier] if earlier is not None else [])
     found = _already_there(folder, request, overwrite)
     if found is not None:
         log.info("%s holds this selection already", folder.uri)
@@ -166,6 +173,18 @@ def _wish(
     return None
 
 
+def _earlier(path: str, table: ScoreTable, include_errors: bool) -> Manifest:
+    """Return the manifest to choose among; say what of it is left behind."""
+    if include_errors:
+        raise ValueError("rows that could not be scored are in no earlier choice; leave one out")
+    earlier = manifest_of(path, table)
+    if earlier.weight_kind != "none":
+        log.warning("the %s weights of %s are not carried over", earlier.weight_kind, path)
+    if earlier.content["schedule"] is not None:
+        log.warning("the schedule of %s is not carried over", path)
+    return earlier
+
+
 def _need_groups(table: ScoreTable, wish: Wish | None) -> None:
     by_group = None if wish is None else wish.by_group
     if by_group is not None and by_group not in table.schema.names:
@@ -184,6 +203,7 @@ def _request(
     seed: int,
     asked: dict[str, Any],
     written: dict[str, Any],
+    earlier: Manifest | None = None,
 ) -> Request:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"the seed must be a whole number from 0, not {seed!r}")
@@ -201,7 +221,8 @@ def _request(
         by is not None or not uses_vectors(method) or needs_setting(method, "by")
     )
     column, composite = score_column(table, by, is_needed=takes_by)
-    source: Table = table if composite is None else Composite(table, composite)
+    source: Table = table if earlier is None else Among(table, earlier)
+    source = source if composite is None else Composite(source, composite)
     needs_group = method == "balanced"
     group = group_column(table, asked.get("by_group"), needs_group)
     if needs_group and "by_group" not in asked:
@@ -224,6 +245,8 @@ def _request(
     whole = make_selector(method, **asked, carry=carry) if carry else selector
     content = _content(table, selector, amount, method, seed)
     content["selection"]["params"] |= {k: v for k, v in written.items() if v is not None}
+    if earlier is not None:
+        content["selection"]["params"]["among"] = of_manifests([earlier])[0]
     return Request(source, whole, amount, column, group, content)
 
 
@@ -306,6 +329,7 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         "weight_kind",
         "clip_weights",
         "scheduled",
+        "among",
         "vectors",
         "target_vectors",
         "weights_of",

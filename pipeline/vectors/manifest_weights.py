@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from curate.pipeline.manifests.algebra import same_data
+from curate.pipeline.manifests.among import manifest_of
 from curate.pipeline.manifests.manifest import Manifest
 from curate.pipeline.manifests.merge import row_keys
 from curate.pipeline.scoring.score_table import ScoreTable
@@ -20,15 +20,9 @@ def weighted_manifest(path: str, scores: ScoreTable) -> Manifest:
         ValueError: there is no manifest, it has no weights, a part was changed, or it selects from
             other data.
     """
-    manifest = Manifest.read(path)
+    manifest = manifest_of(path, scores)
     if manifest.weight_kind == "none":
         raise ValueError(f"the manifest {path} has no weights to spread")
-    if not same_data(manifest.content["corpus"], scores.corpus):
-        raise ValueError(
-            f"the manifest {path} selects from {manifest.content['corpus']['uri']} and the scores "
-            f"are of {scores.corpus['uri']}: not the same data"
-        )
-    manifest.check_files()
     return manifest
 
 

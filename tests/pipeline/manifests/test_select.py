@@ -23,8 +23,10 @@ from curate.pipeline.scoring.score_table import (
     write_part,
 )
 from curate.pipeline.storing.storage import Folder, canonical_json
+from curate.selectors.farthest import FarthestFirst, nearest_to_mean
 from curate.selectors.protocol import Budget
 from curate.selectors.top import Top
+from curate.selectors.vectors import ArrayVectors
 
 ROWS = [40, 1, 59]
 
@@ -619,3 +621,53 @@ class TestScheduled:
         with pytest.raises(ValueError, match=said):
             select(scores, budget=20, out=out, method=method, **asked)
         assert not out.exists()
+
+
+class TestAmong:
+    @pytest.fixture
+    def half(self, several, tmp_path) -> Manifest:
+        return select(several[0], method="random", budget=0.5, seed=3, out=tmp_path / "half")
+
+    def test_only_rows_of_the_earlier_selection_are_chosen(self, several, half, tmp_path):
+        table, values = several
+        mine = np.array(positions(half))
+        options = {"by": "rank(el2n)", "method": "top", "budget": 20}
+        found = select(table, **options, among=half.path, out=tmp_path / "m")
+        score = values["el2n"][mine]
+        assert positions(found) == sorted(mine[np.argsort(-score, kind="stable")[:20]].tolist())
+        assert found.content["selection"]["params"]["among"]["digest"] == half.digest
+        # Ranks are among them, and so is the random selection beside the choice.
+        mean = found.summary["score"]["random_mean"]
+        assert mean == pytest.approx((1 + 1 / len(mine)) / 2, rel=1e-6)
+        assert found.summary["random"]["overlap"] == pytest.approx(20 / len(mine))
+        again = select(table, **options, among=half.path, out=tmp_path / "m")
+        assert again.digest == found.digest
+        with pytest.raises(ValueError, match="among"):
+            select(table, **options, out=tmp_path / "m")
+
+    def test_geometry_too(self, several, half, tmp_path):
+        points = np.random.default_rng(4).normal(size=(100, 3)).astype(np.float32)
+        np.save(tmp_path / "v.npy", points)
+        mine = np.array(positions(half))
+        asked = {"method": "kcenter", "params": {"start": "mean"}, "budget": 10}
+        asked |= {"vectors": str(tmp_path / "v.npy"), "among": half.path}
+        found = select(several[0], **asked, out=tmp_path / "m")
+        order = FarthestFirst(
+            ArrayVectors(points[mine]),
+            starts=[nearest_to_mean(ArrayVectors(points[mine]), "cosine")],
+        ).fill(np.ones(len(mine), np.int64), 10)
+        assert positions(found) == sorted(mine[order].tolist())
+
+    def test_a_share_is_of_all_rows(self, several, half, tmp_path):
+        found = select(several[0], method="random", budget=0.3, among=half.path, out=tmp_path / "m")
+        assert len(found) == 30 and set(positions(found)) <= set(positions(half))
+
+    def test_refusals(self, several, half, tmp_path):
+        table, more = several[0], {"method": "random", "budget": 5, "among": half.path}
+        with pytest.raises(ValueError, match="in no earlier choice"):
+            select(table, **more, include_errors=True, out=tmp_path / "m")
+        with pytest.raises(ValueError, match="is one of the manifests to read"):
+            select(table, **more, overwrite=True, out=tmp_path / "half")
+        with pytest.raises(ValueError, match="holds no manifest"):
+            select(table, **{**more, "among": str(tmp_path)}, out=tmp_path / "m")
+        assert not (tmp_path / "m").exists()
