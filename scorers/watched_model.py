@@ -117,12 +117,15 @@ class WatchedModel:
             self._discover(batch)
             if doubtful := [n for n in self._needed() if self.passes.plan.doubtful(n)]:
                 verify(self.passes, doubtful, batch)
+            self._check_head()
         self._seen_rows = rows
 
     def _discover(self, batch: Any) -> None:
         if self._params or self._head or self._logits:
             discover(self.passes, list(self.all), batch)
         self._refuse_complex()
+
+    def _check_head(self) -> None:
         head = self.passes.plan.head
         if self._head:
             self._head_names()
@@ -133,6 +136,8 @@ class WatchedModel:
     def verify(self, batch: Any) -> None:
         self._discover(batch)
         verify(self.passes, self._needed(), batch)
+        # Of rows that depend on one another no layer is understood: that is told first.
+        self._check_head()
         self._seen_rows = count_rows(batch)
         for name, path in self.paths.items():
             log.debug("%s: %s", name, path)

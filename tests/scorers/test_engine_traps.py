@@ -428,17 +428,22 @@ def test_rows_that_depend_on_one_another_are_refused_by_name(kit) -> None:
         Engine(model.double(), kit.classify, [ALL])(kit.vectors())
 
 
-def test_randomness_in_evaluation_mode_is_refused(kit) -> None:
+@pytest.mark.parametrize("want", [ALL, Signal("weight_alignment")])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_randomness_in_evaluation_mode_is_refused(kit, want: Signal, rows: int) -> None:
+    """Also where a row alone escapes it, and where the head is looked for."""
+
     class Random(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a = nn.Linear(5, 3)
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(self.a(x))
+            h = self.a(x)
+            return self.b(F.dropout(h) if len(x) >= rows else h)
 
     with pytest.raises(EngineError, match="another loss each time"):
-        Engine(Random().double(), kit.classify, [ALL])(kit.vectors())
+        Engine(Random().double(), kit.classify, [want])(kit.vectors())
 
 
 def test_the_path_of_each_parameter_is_logged(kit, caplog) -> None:
