@@ -42,6 +42,7 @@ from curate.pipeline.tasks.texts import (
     text_columns,
     tokenize,
     tokenizer_source,
+    warn_of_positions,
 )
 from curate.pipeline.tasks.tokenizers import BYTES, DOCUMENT, tokenizer, tokenizer_digest
 from curate.scorers.protocol import IGNORE, Batch, Outputs
@@ -368,7 +369,9 @@ def _scan_vocabulary(corpus: Corpus, *columns: str | None) -> int:
 
 def _context(given: int | str | None, model: str | None) -> int:
     if given is not None:
-        return options.sizes(given, "context")[0]
+        (length,) = options.sizes(given, "context")
+        warn_of_positions("context", length, model)
+        return length
     positions = config_value(model, *POSITION_KEYS)
     if positions is None:
         return BUILT_IN_CONTEXT if model in (None, "gpt") else LARGEST_CONTEXT

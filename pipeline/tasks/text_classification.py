@@ -29,6 +29,7 @@ from curate.pipeline.tasks.texts import (
     text_columns,
     tokenize,
     tokenizer_source,
+    warn_of_positions,
 )
 from curate.pipeline.tasks.tokenizers import BYTE_VOCABULARY, BYTES, tokenizer, tokenizer_digest
 from curate.scorers.protocol import Batch
@@ -79,6 +80,7 @@ class TextClassification(Classification):
             )
         if max_length is not None:
             (length,) = options.sizes(max_length, "max_length")
+            warn_of_positions("max_length", length, model)
         else:
             length = _longest(source, model)
             log.info("texts are cut at %d tokens (--task-option max_length=N)", length)

@@ -89,6 +89,18 @@ def config_value(model: str | None, *keys: str) -> int | None:
     return None
 
 
+def warn_of_positions(setting: str, given: int, model: str | None) -> None:
+    """Say so where rows may be longer than the model was made for; some models can take that."""
+    positions = config_value(model, *POSITION_KEYS)
+    if positions is not None and given > positions:
+        log.warning(
+            "%s=%d is more than the model's %d positions: longer rows may fail, by name",
+            setting,
+            given,
+            positions,
+        )
+
+
 def tokenize(
     source: str,
     columns: Sequence[pa.ChunkedArray],

@@ -58,6 +58,20 @@ def test_the_longest_text_is_the_models(bert_folder: str, corpus: Write) -> None
 
 
 @pytest.mark.parametrize(
+    ("kind", "setting"), [("text_classification", "max_length"), ("causal_lm", "context")]
+)
+def test_more_tokens_than_the_model_has_positions_are_warned_of(
+    bert_folder: str, corpus: Write, caplog: pytest.LogCaptureFixture, kind: str, setting: str
+) -> None:
+    opened = corpus({"text": ["a", "b"], "label": [0, 1]})
+    for length in (24, 25):
+        assert not caplog.messages
+        make_task(kind, opened, model=bert_folder, **{setting: length, "inputs": "text"})
+    (said,) = caplog.messages
+    assert said.startswith(f"{setting}=25 is more than the model's 24 positions")
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"), [("", "the text is empty"), (" \n", "is empty"), (None, "is null")]
 )
 def test_a_text_of_length_zero_is_the_error_of_its_row(
