@@ -65,7 +65,12 @@ def logit_gradient(
         (g,) = torch.autograd.grad(
             out, [given.edge], seed, retain_graph=keep_graph, allow_unused=True
         )
-    return _by_row(given.zeros if g is None else g, given.layout, outputs, batch, row_map)
+    if g is None:  # zeros would look like a row whose gradient never varied
+        raise ValueError(
+            "vog needs the gradient of the logits with respect to the model's input, and none "
+            "reaches it: the forward pass detaches the input, or runs under torch.no_grad()"
+        )
+    return _by_row(g, given.layout, outputs, batch, row_map)
 
 
 def _target_logits(outputs: Outputs) -> tuple[Tensor, Tensor]:
