@@ -20,6 +20,7 @@ from curate.pipeline.manifests.claim import (
     of_manifests,
     refuse_operand,
     taking_place,
+    unlike,
 )
 from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.merge import Source, Window, windows
@@ -198,8 +199,7 @@ class _Request:
                     manifest.path,
                 )
         request = self._selection()
-        if (found := found_again(folder, request, self.overwrite)) is not None:
-            log.info("%s holds this selection already", folder.uri)
+        if (found := found_again(folder, unlike(request), self.overwrite)) is not None:
             return found
         total, rows = 0.0, 0
         for weight, _ in self._kept(sources, chosen):

@@ -1,42 +1,61 @@
-"""Output folders of manifests that are made from manifests."""
+"""Output folders of manifests: what may be written there, and what is there already."""
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from curate.pipeline.manifests.manifest import NAME, Manifest, is_part
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.storing.vacate import vacated
 
+log = logging.getLogger("curate.manifest")
 
-def found_again(folder: Folder, selection: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """Return the whole manifest of an equal request, None where a new one may be written.
+Differences = Callable[[dict[str, Any]], list[str]]
+"""Says in words what of a request is not so in the content of a manifest."""
 
-    `selection` is what `manifest.json` will say of the request; results may be missing from it.
+
+def found_again(folder: Folder, differences: Differences, overwrite: bool) -> Manifest | None:
+    """Return the manifest of an equal request, None where a new one may be written.
+
+    One with damaged parts is written anew.
 
     Raises:
         ValueError: it holds something else and may not be overwritten.
     """
     names = folder.names()
-    asked = json.loads(json.dumps(selection))
     if NAME in names and not overwrite:
         found = Manifest.read(folder.uri)
-        if changed := _differences(found.content["selection"], asked):
+        if changed := differences(found.content):
             raise ValueError(
                 f"{folder.uri} holds another selection ({'; '.join(changed)}); choose another "
                 "folder with --out or replace it with --overwrite"
             )
-        found.check_files()
-        return found
+        try:
+            found.check_files()
+        except ValueError as damage:
+            log.warning("%s: making it again", damage)
+        else:
+            log.info("%s holds this selection already", folder.uri)
+            return found
     foreign = [n for n in names if n != NAME and not is_part(n)] + folder.folders()
     if foreign:
         raise ValueError(
             f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
         )
     return None
+
+
+def unlike(selection: dict[str, Any]) -> Differences:
+    """Return how a manifest differs from what it would say of this request.
+
+    Results may be missing from `selection`.
+    """
+    asked = json.loads(json.dumps(selection))
+    return lambda content: _differences(content["selection"], asked)
 
 
 def refuse_operand(folder: Folder, manifests: Sequence[Manifest]) -> None:

@@ -15,6 +15,7 @@ from curate.pipeline.manifests.claim import (
     of_manifests,
     refuse_operand,
     taking_place,
+    unlike,
 )
 from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.merge import windows
@@ -74,7 +75,7 @@ def mix(
             "means": by,
         },
     }
-    if (found := found_again(folder, request, overwrite)) is not None:
+    if (found := found_again(folder, unlike(request), overwrite)) is not None:
         return found
     corpus = mix_corpora([m.corpus for m in opened])
     scales = [1.0] * len(opened)

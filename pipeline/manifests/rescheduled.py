@@ -13,6 +13,7 @@ from curate.pipeline.manifests.claim import (
     of_manifests,
     refuse_operand,
     taking_place,
+    unlike,
 )
 from curate.pipeline.manifests.curriculum import hard_end
 from curate.pipeline.manifests.grouping import ANY, Grouping, ManifestGroups, split_group
@@ -72,8 +73,7 @@ def schedule(
     groups = ManifestGroups(opened, by_group) if is_grouped else None
     # All is checked before anything is written.
     made = make_schedule(rule, seed, epochs, {**asked, **(ANY if is_grouped else {})})
-    if (found := found_again(folder, request, overwrite)) is not None:
-        log.info("%s holds this schedule already", folder.uri)
+    if (found := found_again(folder, unlike(request), overwrite)) is not None:
         return found
     with taking_place(folder) as place:
         batches = opened.batches() if groups is None else groups.batches()

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from curate.pipeline.manifests.among import Among, manifest_of
 from curate.pipeline.manifests.census import CODE, Census, attached
-from curate.pipeline.manifests.claim import of_manifests, refuse_operand, taking_place
+from curate.pipeline.manifests.claim import found_again, of_manifests, refuse_operand, taking_place
 from curate.pipeline.manifests.grouping import Grouping
-from curate.pipeline.manifests.manifest import NAME, Manifest, is_part, write_manifest, write_parts
+from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_parts
 from curate.pipeline.manifests.rescheduled import Wish
 from curate.pipeline.manifests.schedules import refuse_rates
 from curate.pipeline.manifests.score_columns import (
@@ -121,11 +121,8 @@ def select(
     request = _seeing(request, table, method, vectors, target_vectors, target)
     folder = Folder(str(out))
     refuse_operand(folder, [earlier] if earlier is not None else [])
-    found = _already_there(folder, request, overwrite)
-    if found is not None:
-        log.info("%s holds this selection already", folder.uri)
-        return found
-    return _write(request, folder)
+    found = found_again(folder, lambda there: _differences(there, request.content), overwrite)
+    return _write(request, folder) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -291,34 +288,6 @@ def _said_direction(method: str, settings: dict[str, Any]) -> str | None:
 def _carried(table: Table, by: str | None, group: str | None) -> tuple[str, ...]:
     wanted = dict.fromkeys(("id", "tokens", by, group))
     return tuple(name for name in wanted if name is not None and name in table.schema.names)
-
-
-def _already_there(folder: Folder, request: Request, overwrite: bool) -> Manifest | None:
-    """Return the manifest of an equal request, None where a new one may be written.
-
-    Raises:
-        ValueError: it holds something else and may not be overwritten.
-    """
-    names = folder.names()
-    if NAME in names and not overwrite:
-        found = Manifest.read(folder.uri)
-        differences = _differences(found.content, request.content)
-        if differences:
-            raise ValueError(
-                f"{folder.uri} holds another selection ({'; '.join(differences)}); "
-                "choose another folder with --out or replace it with --overwrite"
-            )
-        try:
-            found.check_files()
-            return found
-        except ValueError as damage:
-            log.warning("%s: selecting again", damage)
-    foreign = [n for n in names if n != NAME and not is_part(n)] + folder.folders()
-    if foreign:
-        raise ValueError(
-            f"{folder.uri} holds other files ({foreign[0]}); choose another folder with --out"
-        )
-    return None
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
