@@ -1,6 +1,5 @@
 """A selection with a schedule: the same rows, and what each epoch shows of them."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from curate.pipeline.manifests.manifest import Manifest, write_manifest, write_p
 from curate.pipeline.manifests.schedules import make_schedule, refuse_rates, schedule_content
 from curate.pipeline.storing.storage import Folder
 from curate.scorers.registry import scorer_from_spec
-
-log = logging.getLogger("curate.manifest")
 
 
 def schedule(

@@ -269,9 +269,7 @@ def test_impossible_least_shares_and_unknown_groups_are_said(make_table):
 
     with pytest.raises(ValueError, match=r"0.4 for 3 values .* give at most 0.333 to each"):
         choose(min_shares=0.4)
-    with pytest.raises(
-        ValueError, match="min_shares names 'x': no row that can be chosen has it"
-    ):
+    with pytest.raises(ValueError, match="min_shares names 'x': no row that can be chosen has it"):
         choose(min_shares={"x": 0.1})
     with pytest.raises(ValueError, match="no column 'colour'"):
         make_selector("top", by="score", by_group="colour").select(table, Budget("rows", 1), rng())
