@@ -27,7 +27,7 @@ class DiverseTop(Divided):
     Equal values: the better score, then the order of the table. Ranked without groups.
 
     Exact, in less than one pass for each row chosen: the value of a row only falls, so those below
-    the best are not compared again (`farthest`). Memory some 60 bytes a row and 8·D a pick.
+    the best are not compared again (`farthest`). Memory up to 100 bytes a row and 8·D a pick.
     """
 
     by: str

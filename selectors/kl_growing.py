@@ -12,7 +12,7 @@ Shapes: N rows of X, M rows of W, D dimensions, L orders.
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -31,6 +31,7 @@ from curate.selectors.kl import (
 )
 
 
+@runtime_checkable
 class GrowingKl(Protocol):
     """KL(X || W) as W grows."""
 
