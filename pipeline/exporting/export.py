@@ -96,11 +96,12 @@ def export(
     job = Export(opened, Wish(to, chosen, epoch, seed, repeats, packing, unit_rows))
     job.check()
     folder = Folder(os.fspath(out))
+    uses_ray = _uses_ray(engine, opened, workers, ray_address)
     _refuse_inside_corpus(folder, opened)
     _refuse_foreign(folder)
     with vacated(folder), RunLock(folder.child(OWN)) as lock, _nothing_planned_in_vain(folder):
         folder.clean_tmp()
-        if overwrite and folder.exists(PLAN) and _uses_ray(engine, opened, ray_address):
+        if overwrite and folder.exists(PLAN) and uses_ray:
             from curate.pipeline.ray_cluster import check_cluster
 
             check_cluster(ray_address, None, "a unit", folder.uri)
@@ -112,7 +113,9 @@ def export(
         todo = [u for u in units if read_receipt(folder, u.number) is None]
         if len(todo) < len(units):
             log.info("%d of %d units are there already", len(units) - len(todo), len(units))
-        if _uses_ray(engine, opened, ray_address):
+        if engine == "auto":
+            log.info("engine: %s", "ray" if uses_ray else "local, in this process")
+        if uses_ray:
             from curate.pipeline.exporting.ray_export import export_on_ray
 
             export_on_ray(job, todo, len(units), folder, workers, ray_address)
@@ -341,12 +344,12 @@ def _refuse_inside_corpus(folder: Folder, manifest: Manifest) -> None:
             raise ValueError(f"{folder.uri} lies inside the corpus {uri}; choose another folder")
 
 
-def _uses_ray(engine: str, manifest: Manifest, ray_address: str | None) -> bool:
+def _uses_ray(
+    engine: str, manifest: Manifest, workers: int | None, ray_address: str | None
+) -> bool:
     if engine != "auto":
         return engine == "ray"
     described = manifest.content["corpus"]
     size = sum(shard["bytes"] for shard in described["shards"])
     is_large = size * len(manifest) / max(1, described["rows"]) > RAY_BYTES
-    uses = ray_address is not None or is_large
-    log.info("engine: %s", "ray" if uses else "local, in this process")
-    return uses
+    return ray_address is not None or (workers or 1) > 1 or is_large

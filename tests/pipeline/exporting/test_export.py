@@ -436,6 +436,8 @@ class TestBadInput:
             ({"unit_rows": 0}, "unit_rows must be at least 1"),
             ({"epoch": -1}, "a number from 0"),
             ({"engine": "spark"}, "engine must be"),
+            ({"workers": 0}, "workers must be at least 1"),
+            ({"engine": "local", "workers": 2}, "workers and ray_address are for --engine ray"),
         ):
             with pytest.raises(ValueError, match=said):
                 export(make_selection(), "parquet", tmp_path / "out", **wrong)
@@ -458,6 +460,16 @@ def test_units_cover_the_selection_in_order_and_keep_to_their_size(sizes, most):
     assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])][: len(spans)]
     assert sum(b - a for a, b in spans) == sum(sizes)
     assert all(0 < b - a <= most for a, b in spans)
+
+
+def test_several_workers_ask_for_ray(make_selection, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("ray was asked")
+
+    monkeypatch.setattr("curate.pipeline.exporting.ray_export.export_on_ray", refuse)
+    export(make_selection(), "parquet", tmp_path / "one", workers=1)
+    with pytest.raises(RuntimeError, match="ray was asked"):
+        export(make_selection(), "parquet", tmp_path / "two", workers=2)
 
 
 def test_ray_gives_the_same_bytes(make_selection, tmp_path, ray_session):
