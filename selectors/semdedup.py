@@ -92,9 +92,9 @@ class SemDeDup(Divided):
             "similarity": max((float(s.max()) for s in similar if len(s)), default=-1.0),
             "used_clusters": clusters,
             "compared": rows,
-            "keep": self.order,
+            "used_keep": self.order,
         }
-        params |= {} if epsilon is None else {"epsilon": epsilon}
+        params |= {} if epsilon is None else {"used_epsilon": epsilon}
         return picked(table, chosen, ranks=ranks, params=params)
 
     def _compared(self, part: Part, seed: int) -> tuple[Float32[ndarray, " n"], int]:

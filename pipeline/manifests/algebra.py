@@ -190,7 +190,7 @@ class _Request:
     ) -> Manifest:
         """Return the manifest of the rows for which `chosen` is true; two passes."""
         folder = Folder(str(self.out))
-        refuse_operand(folder, self.manifests)
+        refuse_operand(folder, [m.folder for m in self.manifests])
         for manifest in self.manifests:
             if manifest.content["schedule"] is not None:
                 log.warning(

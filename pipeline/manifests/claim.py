@@ -58,10 +58,10 @@ def unlike(selection: dict[str, Any]) -> Differences:
     return lambda content: _differences(content["selection"], asked)
 
 
-def refuse_operand(folder: Folder, manifests: Sequence[Manifest]) -> None:
+def refuse_operand(folder: Folder, read: Sequence[Folder]) -> None:
     """Raise ValueError where a new manifest would take the place of one that it is made from."""
-    for manifest in manifests:
-        if _same_place(folder, manifest.folder):
+    for other in read:
+        if _same_place(folder, other):
             raise ValueError(
                 f"{folder.uri} is one of the manifests to read; choose another folder with --out"
             )

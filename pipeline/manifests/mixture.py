@@ -58,7 +58,7 @@ def mix(
     opened = [p if isinstance(p, Manifest) else Manifest.open(p) for p in manifests]
     _check(opened, proportions, by, budget)
     folder = Folder(str(out))
-    refuse_operand(folder, opened)
+    refuse_operand(folder, [m.folder for m in opened])
     total = sum(proportions)
     shares = [p / total for p in proportions]
     taken = _quotas(opened, proportions, budget) if by == "rows" else [len(m) for m in opened]

@@ -46,7 +46,7 @@ def schedule(
     opened = manifest if isinstance(manifest, Manifest) else Manifest.open(manifest)
     refuse_rates(rule, opened.weight_kind)
     folder = Folder(str(out))
-    refuse_operand(folder, [opened])
+    refuse_operand(folder, [opened.folder])
     by_group, asked = split_group(rule, dict(params or {}))
     selection = opened.content["selection"]
     if rule == "curriculum":

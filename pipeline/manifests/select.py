@@ -114,13 +114,13 @@ def select(
     wish = _wish(schedule, seed, epochs, schedule_params)
     written: dict[str, Any] = {"weight_kind": weight_kind, "clip_weights": clip_weights}
     written["scheduled"] = None if wish is None else wish.content()
-    earlier = None if among is None else _earlier(str(among), table, include_errors)
+    earlier = None if among is None else _earlier(str(among), table, asked)
     request = _request(table, by, budget, method, seed, asked, written, earlier)
     request = replace(request, wish=wish)
     _need_groups(table, wish)
     request = _seeing(request, table, method, vectors, target_vectors, target)
     folder = Folder(str(out))
-    refuse_operand(folder, [earlier] if earlier is not None else [])
+    refuse_operand(folder, _operands(among, request))
     found = found_again(folder, lambda there: _differences(there, request.content), overwrite)
     return _write(request, folder) if found is None else found
 
@@ -170,9 +170,9 @@ def _wish(
     return None
 
 
-def _earlier(path: str, table: ScoreTable, include_errors: bool) -> Manifest:
+def _earlier(path: str, table: ScoreTable, asked: dict[str, Any]) -> Manifest:
     """Return the manifest to choose among; say what of it is left behind."""
-    if include_errors:
+    if asked.get("include_errors"):
         raise ValueError("rows that could not be scored are in no earlier choice; leave one out")
     earlier = manifest_of(path, table)
     if earlier.weight_kind != "none":
@@ -180,6 +180,12 @@ def _earlier(path: str, table: ScoreTable, include_errors: bool) -> Manifest:
     if earlier.content["schedule"] is not None:
         log.warning("the schedule of %s is not carried over", path)
     return earlier
+
+
+def _operands(among: str | Path | None, request: Request) -> list[Folder]:
+    """Return the folders of the manifests that the request is made from."""
+    weights = request.content["selection"]["params"].get("weights_of", {}).get("source")
+    return [Folder(path) for path in (among, weights) if path is not None]
 
 
 def _need_groups(table: ScoreTable, wish: Wish | None) -> None:

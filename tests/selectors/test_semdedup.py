@@ -134,7 +134,7 @@ def test_without_budget_and_epsilon_it_is_five_hundredths(make_table, kept):
     said = SemDeDup(epsilon=0.05).select(table, for_all, np.random.default_rng(0))
     assert kept(default).tolist() == kept(said).tolist()
     assert default.params["similarity"] <= 0.95
-    assert default.params["epsilon"] == 0.05 and default.params["keep"] == "hard"
+    assert default.params["used_epsilon"] == 0.05 and default.params["used_keep"] == "hard"
 
 
 def test_groups_are_searched_apart(make_table, kept):

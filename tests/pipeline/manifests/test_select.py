@@ -25,6 +25,7 @@ from curate.pipeline.scoring.score_table import (
 from curate.pipeline.storing.storage import Folder, canonical_json
 from curate.selectors.farthest import FarthestFirst, nearest_to_mean
 from curate.selectors.protocol import Budget
+from curate.selectors.registry import selector_names
 from curate.selectors.top import Top
 from curate.selectors.vectors import ArrayVectors
 
@@ -106,6 +107,10 @@ def positions(manifest: Manifest) -> list[int]:
     table = pa.Table.from_batches(list(manifest.batches()))
     starts = np.cumsum([0, *ROWS])[:-1]
     return (starts[table["shard"].to_numpy()] + table["row"].to_numpy()).tolist()
+
+
+def rows_and_weights(manifest: Manifest) -> list[dict]:
+    return pa.Table.from_batches(list(manifest.batches(["shard", "row", "weight"]))).to_pylist()
 
 
 def test_the_short_form_keeps_the_half_that_the_scorer_says(
@@ -662,10 +667,60 @@ class TestAmong:
         found = select(several[0], method="random", budget=0.3, among=half.path, out=tmp_path / "m")
         assert len(found) == 30 and set(positions(found)) <= set(positions(half))
 
+    def test_every_method_sees_the_left_out_as_rows_with_errors(self, corpus, tmp_path):
+        """Twice the same call, too: it finds its manifest, whatever a method records of itself."""
+        rng = np.random.default_rng(7)
+        scores, lang = rng.random(100).astype(np.float32), np.repeat(["de", "en"], 50)
+        more = {"lang": lang, "label": np.arange(100) % 3, "tokens": rng.integers(1, 9, 100)}
+        whole = write_scores(tmp_path / "whole", corpus, {"el2n": scores}, **more)
+        half = select(whole, method="random", budget=0.5, seed=3, out=tmp_path / "half")
+        left = np.isin(np.arange(100), positions(half))
+        able = write_scores(
+            tmp_path / "able", corpus, {"el2n": np.where(left, scores, np.nan)}, **more
+        )
+        select(whole, method="importance", budget=30, out=tmp_path / "weighted")
+        target = pa.table({"label": [str(i % 3) for i in range(18)], "g": ["a", "b"] * 9})
+        pq.write_table(target, tmp_path / "target.parquet")
+        files = {"v": rng.normal(size=(100, 4)), "t": rng.normal(size=(18, 4))}
+        files["p"] = rng.dirichlet(np.ones(3), 100)
+        for name, numbers in files.items():
+            np.save(tmp_path / f"{name}.npy", numbers.astype(np.float32))
+        seen = {"vectors": str(tmp_path / "v.npy")}
+        aimed = {**seen, "target_vectors": str(tmp_path / "t.npy")}
+        noisy = {"vectors": str(tmp_path / "p.npy"), "params": {"label": "label", "noise": 0.2}}
+        asked = {
+            **dict.fromkeys(["greedy_alignment", "kmm", "density_ratio"], aimed),
+            **dict.fromkeys(["craig", "gradmatch", "glister", "diverse_top", "leverage"], seen),
+            **dict.fromkeys(["exact", "facility_location", "kcenter", "semdedup"], seen),
+            **dict.fromkeys(["rent", "dws"], noisy),
+            "d2": {**seen, "params": {"cells": 2}},
+            "herding": {**seen, "params": {"cells": 2}},
+            "gio": {**aimed, "params": {"k": 2, "grad_desc_iter": 2}},
+            "gsr": {
+                **aimed,
+                "target": str(tmp_path / "target.parquet"),
+                "params": {"label": "label", "group": "g", "steps": 2},
+            },
+            "moderate_center": {**seen, "params": {"label": "label"}},
+            "propagate": {**seen, "params": {"manifest": str(tmp_path / "weighted")}},
+            "threshold": {"params": {"at_least": 0.3}},
+        }
+        for method in selector_names():
+            options = {"method": method, "budget": 8, **asked.get(method, {})}
+            found = select(whole, **options, among=half.path, out=tmp_path / method)
+            expected = select(able, **options, out=tmp_path / f"{method}-able")
+            assert rows_and_weights(found) == rows_and_weights(expected), method
+            again = select(whole, **options, among=half.path, out=tmp_path / method)
+            assert again.digest == found.digest, method
+        with pytest.raises(ValueError, match="is one of the manifests to read"):
+            spread = {"method": "propagate", "budget": 8, **asked["propagate"]}
+            select(whole, **spread, overwrite=True, out=tmp_path / "weighted")
+
     def test_refusals(self, several, half, tmp_path):
         table, more = several[0], {"method": "random", "budget": 5, "among": half.path}
-        with pytest.raises(ValueError, match="in no earlier choice"):
-            select(table, **more, include_errors=True, out=tmp_path / "m")
+        for errors in ({"include_errors": True}, {"params": {"include_errors": True}}):
+            with pytest.raises(ValueError, match="in no earlier choice"):
+                select(table, **more, **errors, out=tmp_path / "m")
         with pytest.raises(ValueError, match="is one of the manifests to read"):
             select(table, **more, overwrite=True, out=tmp_path / "half")
         with pytest.raises(ValueError, match="holds no manifest"):
