@@ -19,10 +19,11 @@ UNIT_SECONDS = 120.0
 """A unit of a long run; shorter runs get shorter units, so that a kill never costs much."""
 MIN_UNIT_SECONDS = 5.0
 UNITS_PER_RUN = 32
-THREADS = b"threads"
 """What a run is cut into before the two limits above."""
 MAX_UNIT_ROWS = 1_000_000
 """Bounds a worker's memory: a unit's scores are held until they are committed."""
+THREADS = b"threads"
+"""Key of the plan's metadata."""
 UNIT_FIELDS = [
     ("unit", pa.int32()),
     ("shard", pa.int32()),
