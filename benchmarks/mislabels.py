@@ -61,6 +61,7 @@ ENDS = {
     "grad_similarity, DVGS, one group": "low",
     "influence, Adam": "low",
     "influence, EK-FAC": "low",
+    "influence, EK-FAC, best class": "low",
     "pvi": "low",
     "rho": "high",
 }
@@ -126,6 +127,7 @@ def scores_of(subject: Subject, folder: Path, split: int) -> Iterator[tuple[str,
         "grad_similarity, LESS": "grad_similarity(mode=less)",
         "influence, Adam": "influence(curvature=adam)",
         "influence, EK-FAC": "influence(curvature=ekfac)",
+        "influence, EK-FAC, best class": "influence(curvature=ekfac,groups=max)",
     }
     over_run = _scored(data, [trained], asked, folder / "scores", target=data.clean)
     yield from _areas(over_run, asked, data.wrong)

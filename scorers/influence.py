@@ -16,7 +16,7 @@ GROUPS = "max", "mean"
 
 @dataclass(frozen=True)
 class Influence:
-    """max_m Σ_k η_k f_mkᵀ (G_k + λI)⁻¹ g_k, g the gradient of the row's loss, f_m that of the mean
+    """mean_m Σ_k η_k f_mkᵀ (G_k + λI)⁻¹ g_k, g the gradient of the row's loss, f_m that of the mean
     loss of target group m.
 
     Koh and Liang 2017 (arXiv 1703.04730), equation 2, with G the Fisher information in place of the
@@ -25,7 +25,8 @@ class Influence:
     in the mean loss trained on, where a row among n has 1/n. `curvature` is `ekfac`, `kfac`,
     `diagonal`, `adam` or `adam_root` (a diagonal that Adam's moments give), or `none`: TracIn.
     Checkpoints are weighted by learning rates η that sum to 1.
-    `groups="mean"` averages over groups. `damping`, `rows`, `labels` as in `CurvatureSettings`;
+    Groups count alike, however many rows they have; `groups="max"` takes the one that the row helps
+    most. `damping`, `rows`, `labels` as in `CurvatureSettings`;
     `params` limits θ as in GraNd.
 
     Raises:
@@ -37,7 +38,7 @@ class Influence:
     damping: float | int | None = None
     rows: int = MOST_ROWS
     labels: str = "model"
-    groups: str = "max"
+    groups: str = "mean"
 
     def __post_init__(self) -> None:
         refuse_unused(self.curvature, self.damping, self.rows, self.labels)

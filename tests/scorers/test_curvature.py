@@ -599,12 +599,12 @@ def test_the_first_repeated_block_has_a_name(kit: Any) -> None:
 
 
 def test_scorers_reduce_over_checkpoints_and_groups() -> None:
-    scorer = make_scorers("influence(damping=1)")["influence"]
+    scorer = make_scorers("influence(damping=1,groups=max)")["influence"]
     (signal,) = scorer.needs
     dots = torch.tensor([[[1.0, 4.0]], [[3.0, -2.0]]], dtype=torch.float64)
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
     assert scorer.reduce({signal: dots}, weights).tolist() == [2.5]  # of 2.5 and -0.5
-    mean = make_scorers("influence(damping=1,groups=mean)")["influence"]
+    mean = make_scorers("influence(damping=1)")["influence"]
     assert mean.reduce({signal: dots}, weights).tolist() == [1.0]
     own = make_scorers("self_influence(curvature=kfac)")["self_influence"]
     (signal,) = own.needs

@@ -30,7 +30,7 @@ from curate.scorers.readouts import TwoSidedSketch
 
 Make = Callable[..., str]
 REQUESTS = (
-    "influence(labels=data,rows=11),mean=influence(labels=data,rows=11,damping=0.01,groups=mean),"
+    "influence(labels=data,rows=11,groups=max),mean=influence(labels=data,rows=11,damping=0.01),"
     "kfac=self_influence(curvature=kfac,labels=data),"
     "diagonal=self_influence(curvature=diagonal,labels=data,damping=0.01),"
     "self_influence"

@@ -29,7 +29,7 @@ def test_the_mean_over_classes_finds_wrong_labels_and_the_best_class_does_not(
     )  # fmt: skip
     table = score(
         tmp_path / "train.parquet", checkpoints=str(tmp_path / "k"), out=tmp_path / "s",
-        scorers=["best=influence", "mean=influence(groups=mean)"],
+        scorers=["best=influence(groups=max)", "mean=influence"],
         target=str(tmp_path / "target.parquet"), engine="local", progress=False,
     )  # fmt: skip
     columns = pa.Table.from_batches(table.scan(["best", "mean"])).to_pydict()
