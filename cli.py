@@ -130,7 +130,7 @@ TaskName = Annotated[
         "--task",
         metavar="TASK",
         help="image_classification, text_classification, causal_lm, tabular_classification or "
-        "file.py:Class; by default the checkpoints' own, else guessed from the columns.",
+        "file.py:Class; by default that of the checkpoints to score, else guessed from the columns.",
         rich_help_panel=DATA,
     ),
 ]
@@ -155,8 +155,8 @@ ModelOption = Annotated[
 RowLoss = Annotated[
     Literal["mean", "sum"] | None,
     typer.Option(
-        help="Language: a row's loss over its target tokens; by default as the checkpoints were "
-        "trained, else mean.",
+        help="Language: a row's loss over its target tokens; by default that of the checkpoints to "
+        "score, else mean.",
         rich_help_panel=DATA,
     ),
 ]
