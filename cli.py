@@ -130,7 +130,8 @@ TaskName = Annotated[
         "--task",
         metavar="TASK",
         help="image_classification, text_classification, causal_lm, tabular_classification or "
-        "file.py:Class; by default that of the checkpoints to score, else guessed from the columns.",
+        "file.py:Class; by default that of the checkpoints to score, else guessed from the "
+        "columns.",
         rich_help_panel=DATA,
     ),
 ]
