@@ -16,7 +16,7 @@ from curate.selectors.protocol import Budget, Table
 from curate.selectors.settings import did_you_mean
 
 _WRITTEN = "a fraction such as 0.5 or 50%, a number of rows such as 10000, or 2e9tok tokens"
-_NUMBER = re.compile(r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
+_NUMBER = re.compile(r"([0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
 
 
 def parse_budget(value: float | int | str) -> Budget:

@@ -16,6 +16,7 @@ from curate.selectors.protocol import Budget
         ("50%", "fraction", 0.5),
         ("12.5 %", "fraction", 0.125),
         ("100%", "fraction", 1.0),
+        ("0.7%", "fraction", 0.007),  # a digit more than 0.7 / 100 in floats
         (np.float32(0.25), "fraction", 0.25),
         (1, "rows", 1),
         ("1", "rows", 1),
@@ -37,7 +38,7 @@ def test_budgets_are_read_as_written(said, kind, value):
     [
         *(0, 0.0, -1, -0.5, 1.5, float("nan"), float("inf"), True, None, [1]),
         *("1.5", "0", "0%", "150%", "-3", "half", "", "tok", "0tok", "1.5rows"),
-        *("nan", "inf", "1e-3tok", "0.5.5", "5 apples"),
+        *("nan", "inf", "1e-3tok", "0.5.5", "5 apples", "1__0", "1_%"),
     ],
 )
 def test_impossible_budgets_are_refused(said):

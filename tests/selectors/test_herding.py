@@ -144,9 +144,17 @@ def test_cells_follow_their_own_means_in_proportion(clusters, ranked):
         inside = plain(table.vectors.array[mine], picks)
         assert order[of[order] == cluster].tolist() == mine[inside].tolist()
     assert np.bincount(of[order[:6]]).tolist() == [1, 2, 3]  # in turn, so a prefix keeps shares
+
+
+@pytest.mark.parametrize("picks", [18, 20])
+def test_the_gap_in_cells_is_that_of_all_picks(clusters, kept, picks):
+    """Of 18 picks every cell has its share; of 20 whole numbers move the mean, by more than 1."""
+    table, _ = clusters
+    selection = Herding(cells=3).select(table, Budget("rows", picks), np.random.default_rng(0))
     points = table.vectors.array.astype(np.float64)
-    gap = np.linalg.norm(points[order].mean(axis=0) - points.mean(axis=0))
+    gap = np.linalg.norm(points[kept(selection)].mean(axis=0) - points.mean(axis=0))
     assert selection.params["mean_gap"] == pytest.approx(gap, abs=1e-5)
+    assert (gap > 1) == (picks == 20)
 
 
 def test_many_picks_are_searched_in_cells_that_fit_in_memory(clusters, kept, monkeypatch):
