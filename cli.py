@@ -1414,7 +1414,7 @@ def _number(text: str, flag: str) -> int | float:
     """Return a count (an integer) or a share (with a point or a percent sign)."""
     try:
         if text.endswith("%"):
-            return float(text[:-1]) / 100
+            return float(f"{text[:-1].strip()}e-2")  # 0.7 / 100 is no 0.007
         return int(text) if text.isdigit() else float(text)
     except ValueError:
         raise ValueError(f"{flag} {text!r} is neither a count nor a share such as 0.1") from None

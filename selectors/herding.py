@@ -143,8 +143,8 @@ def herd(
     order: list[int] = []
     total, is_open = np.zeros(len(mean)), np.ones(vectors.rows, dtype=bool)
     while len(order) < vectors.rows:
-        shift = 0.0 if near is rest else 2 * (mean @ total)
-        away = np.where(is_open, own + 2 * inner_products(near, total) - shift, np.inf)
+        # Of rows as they are all products are off by the same, which changes no order.
+        away = np.where(is_open, own + 2 * inner_products(near, total), np.inf)
         off = slack * np.linalg.norm(total)
         close = np.flatnonzero(away - off <= (away + off).min())
         row = int(close[np.argmin(_exactly(rest, close, own[close], total, exponent))])

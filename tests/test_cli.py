@@ -379,6 +379,14 @@ def test_values_are_yaml_in_which_1e_3_is_a_number() -> None:
         cli._pairs(["a={b"], "--param")
 
 
+def test_amounts_are_counts_or_shares_to_the_digit() -> None:
+    said = ["3", "0.25", "10%", "0.7 %", "0"]
+    assert [cli._number(text, "--offset") for text in said] == [3, 0.25, 0.1, 0.007, 0]
+    for text in ("%", "x%", "half", "1/2"):
+        with pytest.raises(ValueError, match=rf"--offset '{text}' is neither a count nor a share"):
+            cli._number(text, "--offset")
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],

@@ -60,6 +60,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in (("train", slice(0, 60)), ("other", slice(60, 90)), ("test", slice(90, 120))):
         pq.write_table(digits(rows), home / f"{name}.parquet")
     pq.write_table(digits(slice(0, 9)).drop_columns("label"), home / "bare.parquet")
+    pq.write_table(pa.table({"text": [" ", " "]}), home / "wordless.parquet")
     lines = [
         "train train.parquet --model mlp --seeds 1 --epochs 1",
         "score train.parquet --scorer el2n --store embedding --keep label",
@@ -98,6 +99,11 @@ REFUSED = [
         "run/scores",
         "score train.parquet --scorer grad_similarity --target bare.parquet",
         "column 'label'",
+    ),
+    (
+        "run/scores",
+        "score wordless.parquet --scorer dsir --target wordless.parquet --task-option inputs=text",
+        "no words",
     ),
     (
         "run/manifest",
