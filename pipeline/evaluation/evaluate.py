@@ -120,8 +120,7 @@ def evaluate(
         check_cluster(ray_address, num_gpus, "a training", plan.out)
     with RunLock(folder):
         if is_ours and overwrite:  # not before: another process may be at work there
-            for name in folder.names("results/"):
-                folder.delete(name)
+            _clear(Path(plan.out))
         folder.write_json(CONFIG, _config(plan))
         missing = [
             (plan, arm, seed)
@@ -232,6 +231,13 @@ def _refuse_other(out: Folder, config: Mapping[str, Any], overwrite: bool) -> bo
             "choose another folder, or --overwrite"
         )
     return ours
+
+
+def _clear(out: Path) -> None:
+    """Remove what would be taken for this evaluation's: results, samples, half-trained models."""
+    for folder in (out / "results", out / "random", out / "training"):
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _run(

@@ -22,6 +22,7 @@ from curate.pipeline.reading.corpus import open_corpus
 from curate.pipeline.storing.storage import Folder
 from curate.pipeline.tasks.registry import make_task
 from curate.pipeline.training.train import train
+from curate.pipeline.training.trainer import SeedTraining
 from curate.scorers.protocol import IGNORE
 
 ROWS = 400
@@ -324,9 +325,37 @@ def test_another_configuration_is_refused(data, evaluated, tmp_path):
     evaluate(corpus, **options, **QUICK)
     with pytest.raises(ValueError, match=r"another configuration \(lr: 0.003 -> 0.01\)"):
         evaluate(corpus, **options, **QUICK, lr=0.01)
-    fresh = evaluate(corpus, **options, **QUICK, lr=0.01, overwrite=True)
+    evaluate(corpus, **options, **QUICK, lr=0.01, overwrite=True)
     assert json.loads((tmp_path / "run/config.json").read_text())["lr"] == 0.01
-    assert fresh["rows"][0]["values"] != []
+
+
+def test_nothing_of_what_is_overwritten_is_used_again(data, tmp_path, monkeypatch):
+    """Neither results nor random subsets of other data, nor a model that another rate began."""
+    corpus, test, mixture, _, n = data
+    options = {"test": test, "seeds": 1, **QUICK}
+    other = write_digits(tmp_path / "other.parquet", np.arange(1797 - ROWS, 1797))
+    theirs = random_manifest(open_corpus(other), n, 7, Folder(tmp_path / "theirs")).path
+    fresh = evaluate(corpus, manifests=[mixture], out=tmp_path / "fresh", **options)
+
+    evaluate(other, manifests=[theirs], out=tmp_path / "run", **options)
+    options |= {"out": tmp_path / "run", "overwrite": True}
+    assert evaluate(corpus, manifests=[mixture], **options) == fresh
+
+    def stopped(self, fed):
+        self._save_state()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SeedTraining, "_take_step", stopped)
+        evaluate(corpus, manifests=[mixture], **options, lr=0.5)
+    (state,) = (tmp_path / "run").rglob("state.pt")
+    torch.save(_far_off(torch.load(state)), state)
+    assert evaluate(corpus, manifests=[mixture], **options) == fresh
+
+
+def _far_off(state):
+    """The state of a training that went wrong."""
+    return {**state, "model": {name: 100 * x for name, x in state["model"].items()}}
 
 
 def test_testing_on_the_training_corpus_is_said(data, tmp_path, caplog):
