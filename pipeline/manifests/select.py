@@ -310,11 +310,13 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         "weights_of",
     }
     for key, new in asked["selection"].items():
-        old = there["selection"].get(key)
+        pairs = {key: (there["selection"].get(key), new)}
         if key == "params":  # what came out stands there, too
-            old = {k: v for k, v in (old or {}).items() if k in settings and v is not None}
-        if old != new:
-            found.append(f"{key} {json.dumps(old)}, now {json.dumps(new)}")
+            old = there["selection"].get(key) or {}
+            pairs = {name: (old.get(name), new.get(name)) for name in sorted(settings)}
+        for name, (before, now) in pairs.items():
+            if before != now:
+                found.append(f"{name} {json.dumps(before)}, now {json.dumps(now)}")
     if there["corpus"] != asked["corpus"]:
         found.append("another corpus")
     elif there["scores"] != asked["scores"]:

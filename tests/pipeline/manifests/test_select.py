@@ -201,7 +201,7 @@ def test_the_same_request_is_found_and_another_is_refused(scores, tmp_path):
     assert files == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("*.[jp]*")}
     with pytest.raises(ValueError, match=r'budget .*0\.5.*now .*"rows", "value": 9.*--overwrite'):
         select(scores, budget=9, out=out)
-    with pytest.raises(ValueError, match=r'drop_top": 0.*now.*drop_top": 5'):
+    with pytest.raises(ValueError, match=r"selection \(drop_top 0, now 5\)"):
         select(scores, budget=0.5, drop_top=5, out=out)
     assert len(select(scores, budget=9, out=out, overwrite=True)) == 9
 
