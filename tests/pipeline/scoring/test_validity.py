@@ -114,6 +114,15 @@ def test_similarities_know_what_their_checkpoints_were_trained_on(
     assert all(s.startswith(start) for s, start in zip(sentences, said, strict=True))
 
 
+@pytest.mark.parametrize("group", ["x0", "none"])
+def test_the_best_of_groups_that_are_no_classes_is_let_be(
+    job: Path, tmp_path: Path, group: str
+) -> None:
+    scorer, target = "influence(curvature=none,groups=max)", job / "target"
+    more = {"target": target, "target_group": group}
+    assert not warnings_of(job, scorer, "deep/*4", tmp_path / "s", **more)
+
+
 def test_fine_tuned_texts_hear_of_their_own_study(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     table = pa.table({"text": [f"word {i}" for i in range(8)]})
