@@ -27,7 +27,11 @@ def make_model(spec: str, **kw: Any) -> nn.Module:
         ValueError: the name is unknown, or the model cannot be made from these arguments.
     """
     if spec in BUILT_IN:
-        built: nn.Module = _call(BUILT_IN[spec], spec, kw)
+        try:
+            built: nn.Module = _call(BUILT_IN[spec], spec, kw)
+        except (TypeError, RuntimeError) as error:  # what torch says of an odd size
+            given = ", ".join(f"{key}={value!r}" for key, value in kw.items())
+            raise ValueError(f"model {spec!r} cannot be made of {given}: {error}") from None
         return built
     if is_user_code(spec):
         factory = load_named(spec)

@@ -144,6 +144,9 @@ def test_a_factory_that_does_not_fit_is_named(
         ("mlp", {"vocab_size": 5}, "'mlp' needs input_shape, num_classes, but the task offers voc"),
         ("cnn", {"input_shape": (8,), "num_classes": 2}, "'cnn' takes images"),
         ("gpt", {"vocab_size": 5, "dim": 9, "heads": 2}, "dim=9 is no multiple of heads=2"),
+        ("mlp", {"input_shape": (8,), "num_classes": 2, "hidden": "x"}, "made of .*hidden='x'"),
+        ("mlp", {"input_shape": (8,), "num_classes": 2, "hidden": 5}, "made of .*hidden=5: "),
+        ("mlp", {"input_shape": (8,), "num_classes": 2, "hidden": [-5]}, "dimension"),
         ("gpt", {"vocab_size": 5, "colour": 1}, "'gpt' takes no colour; it takes vocab_size, con"),
     ],
 )
