@@ -9,6 +9,7 @@ import pyarrow as pa
 from jaxtyping import Float64
 from numpy import ndarray
 
+from curate.pipeline.manifests.merge import row_keys
 from curate.selectors.groups import GroupNumbers
 from curate.selectors.protocol import Table
 from curate.selectors.score_keys import score_column
@@ -225,7 +226,7 @@ def attached(
     there = next(waiting, None)
     for batch in batches:
         begun = [name for name in columns if name not in batch.schema.names]
-        keys, found = _row_keys(batch), []
+        keys, found = row_keys(batch), []
         at = 0
         while at < len(keys):
             assert there is not None, "a selected row is not in the table"
@@ -250,9 +251,4 @@ class _Keyed:
     def read(cls, batches: Iterator[pa.RecordBatch]) -> "Iterator[_Keyed]":
         for batch in batches:
             if batch.num_rows:
-                yield cls(batch, _row_keys(batch))
-
-
-def _row_keys(batch: pa.RecordBatch) -> "ndarray":
-    shard = batch.column("shard").to_numpy().astype(np.int64)
-    return np.asarray((shard << 40) + batch.column("row").to_numpy())
+                yield cls(batch, row_keys(batch))

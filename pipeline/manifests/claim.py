@@ -37,7 +37,7 @@ def found_again(folder: Folder, differences: Differences, overwrite: bool) -> Ma
         try:
             found.check_files()
         except ValueError as damage:
-            log.warning("%s: making it again", damage)
+            log.warning("%s; it is made again", damage)
         else:
             log.info("%s holds this selection already", folder.uri)
             return found
