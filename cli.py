@@ -1266,7 +1266,7 @@ def main() -> None:
     """Run the command line; an error is one sentence, with a traceback only under -v."""
     try:
         with _stoppable():
-            code = app(_spread(sys.argv[1:]), standalone_mode=False)
+            code = app(_spread(sys.argv[1:]), prog_name="curate", standalone_mode=False)
         sys.exit(code or 0)
     except ValueError as error:
         _fail(error, 2)
@@ -1278,6 +1278,8 @@ def main() -> None:
         if hasattr(error, "format_message"):
             _misused(error)
         _fail(f"internal error, {type(error).__name__}: {error}; -v shows where", 1, error)
+    finally:
+        logging.getLogger("curate").handlers = []  # the stream may not outlive the call
 
 
 class Stopped(Exception):

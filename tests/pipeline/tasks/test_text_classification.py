@@ -64,6 +64,7 @@ def test_more_tokens_than_the_model_has_positions_are_warned_of(
     bert_folder: str, corpus: Write, caplog: pytest.LogCaptureFixture, kind: str, setting: str
 ) -> None:
     opened = corpus({"text": ["a", "b"], "label": [0, 1]})
+    caplog.set_level("WARNING", logger="curate")
     for length in (24, 25):
         assert not caplog.messages
         make_task(kind, opened, model=bert_folder, **{setting: length, "inputs": "text"})
